@@ -2,7 +2,7 @@
 
 The rooms: `numerics` (tensors in, tensors out), `io` (one file per format; conventions end there), `records` (the typed
 JSON models), `methods` (numerics and records to results), `cli` (the runner), `view` (plots). Who may import whom is
-held by import-linter (setup.cfg).
+held by import-linter (.importlinter).
 """
 
 __version__ = "0.1.0"

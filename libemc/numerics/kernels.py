@@ -9,8 +9,9 @@ the smallest generalised eigenvalue of alias against signal energy (the idea of 
 with a continuous first derivative, so that gradients by rotation exist everywhere).
 
 The volume is *half and haloed*: index [z + h, y + h, x + HALO] for integer coordinates -h <= z, y <= h and
--HALO <= x <= h + 1, so that no tap wraps. Points are given by the first two rows of the rotation, already multiplied by
-the padding factor: p = kx·row_x + ky·row_y. A point with x < 0 is read and written at its Friedel mate.
+-HALO <= x <= h + 1, so that no tap wraps. Points are given as one list k (3, K) and a matrix for each image, already
+multiplied by the padding factor: p = kᵀ·matrix, with k_z = 0 for slices. A point with x < 0 is read and written at its
+Friedel mate.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -149,7 +151,7 @@ def _row_sum(typingctx: Any, array: Any, start: Any, row: Any, plane: Any, y: An
         lanes = [builder.extract_element(total, ir.Constant(ir.IntType(32), k)) for k in range(6)]
         return context.make_tuple(builder, signature.return_type, lanes)
 
-    return types.UniTuple(scalar, 6)(array, start, row, plane, y, z), codegen
+    return types.containers.UniTuple(scalar, 6)(array, start, row, plane, y, z), codegen
 
 
 @intrinsic
@@ -208,18 +210,19 @@ def _tap_slope(t, c):  # type: ignore[no-untyped-def]  # pragma: no cover - comp
 
 
 @_jit
-def _locate(half, kx, ky, rows, first, last, base, frac):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+def _locate(half, points, rows, first, last, base, frac):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """First tap (voxel index) and fractions of the points first:last, at their Friedel mates where x < 0."""
     row = half + 4
     plane = row * (2 * half + 1)
     one = rows.dtype.type(1)
     centre = rows.dtype.type(0.5)
     for k in range(first, last):
-        px = kx[k] * rows[0, 0] + ky[k] * rows[1, 0]
+        kx, ky, kz = points[0, k], points[1, k], points[2, k]
+        px = kx * rows[0, 0] + ky * rows[1, 0] + kz * rows[2, 0]
         sign = -one if px < 0 else one
         px = px * sign
-        py = (kx[k] * rows[0, 1] + ky[k] * rows[1, 1]) * sign
-        pz = (kx[k] * rows[0, 2] + ky[k] * rows[1, 2]) * sign
+        py = (kx * rows[0, 1] + ky * rows[1, 1] + kz * rows[2, 1]) * sign
+        pz = (kx * rows[0, 2] + ky * rows[1, 2] + kz * rows[2, 2]) * sign
         fx, fy, fz = np.floor(px + centre), np.floor(py + centre), np.floor(pz + centre)
         j = k - first
         frac[0, j] = px - fx
@@ -230,9 +233,9 @@ def _locate(half, kx, ky, rows, first, last, base, frac):  # type: ignore[no-unt
 
 
 @_jit
-def _gather(volume, half, kx, ky, rows, c, out):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """out[b, k] = volume at kx[k]·rows[b, 0] + ky[k]·rows[b, 1]; volume (flat) and out are interleaved (re, im)."""
-    count = kx.shape[0]
+def _gather(volume, half, points, rows, c, out):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """out[b, k] = volume at points[:, k]ᵀ·rows[b]; volume (flat) and out are interleaved (re, im)."""
+    count = points.shape[1]
     row = half + 4
     plane = row * (2 * half + 1)
     base = np.empty(BLOCK, np.int64)
@@ -241,7 +244,7 @@ def _gather(volume, half, kx, ky, rows, c, out):  # type: ignore[no-untyped-def]
     for b in range(rows.shape[0]):
         for first in range(0, count, BLOCK):
             last = min(count, first + BLOCK)
-            _locate(half, kx, ky, rows[b], first, last, base, frac)
+            _locate(half, points, rows[b], first, last, base, frac)
             for j in range(last - first):
                 for r in range(9):
                     _prefetch(volume, 2 * (base[j] + (r // 3) * plane + (r % 3) * row))
@@ -257,9 +260,9 @@ def _gather(volume, half, kx, ky, rows, c, out):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _gather_slope(volume, half, kx, ky, rows, c, out):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+def _gather_slope(volume, half, points, rows, c, out):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """As `_gather`, with the derivatives by the coordinates of the point: out[b, k] = (re, im) of S, S_x, S_y, S_z."""
-    count = kx.shape[0]
+    count = points.shape[1]
     row = half + 4
     plane = row * (2 * half + 1)
     base = np.empty(BLOCK, np.int64)
@@ -268,7 +271,7 @@ def _gather_slope(volume, half, kx, ky, rows, c, out):  # type: ignore[no-untype
     for b in range(rows.shape[0]):
         for first in range(0, count, BLOCK):
             last = min(count, first + BLOCK)
-            _locate(half, kx, ky, rows[b], first, last, base, frac)
+            _locate(half, points, rows[b], first, last, base, frac)
             for j in range(last - first):
                 for r in range(9):
                     _prefetch(volume, 2 * (base[j] + (r // 3) * plane + (r % 3) * row))
@@ -296,9 +299,9 @@ def _gather_slope(volume, half, kx, ky, rows, c, out):  # type: ignore[no-untype
 
 
 @_jit
-def _scatter(volume, half, kx, ky, rows, c, values):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+def _scatter(volume, half, points, rows, c, values):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Add complex values into a flat interleaved (re, im) volume: the adjoint of `_gather`."""
-    count = kx.shape[0]
+    count = points.shape[1]
     row = half + 4
     plane = row * (2 * half + 1)
     base = np.empty(BLOCK, np.int64)
@@ -307,7 +310,7 @@ def _scatter(volume, half, kx, ky, rows, c, values):  # type: ignore[no-untyped-
     for b in range(rows.shape[0]):
         for first in range(0, count, BLOCK):
             last = min(count, first + BLOCK)
-            _locate(half, kx, ky, rows[b], first, last, base, frac)
+            _locate(half, points, rows[b], first, last, base, frac)
             for j in range(last - first):
                 for r in range(9):
                     _prefetch(volume, 2 * (base[j] + (r // 3) * plane + (r % 3) * row))
@@ -322,9 +325,9 @@ def _scatter(volume, half, kx, ky, rows, c, values):  # type: ignore[no-untyped-
 
 
 @_jit
-def _scatter_weighted(volume, half, kx, ky, rows, c, values, weights):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _scatter_weighted(volume, half, points, rows, c, values, weights):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Add values and weights into a flat interleaved (re, im, weight, 0) volume."""
-    count = kx.shape[0]
+    count = points.shape[1]
     row = half + 4
     plane = row * (2 * half + 1)
     base = np.empty(BLOCK, np.int64)
@@ -334,7 +337,7 @@ def _scatter_weighted(volume, half, kx, ky, rows, c, values, weights):  # type: 
     for b in range(rows.shape[0]):
         for first in range(0, count, BLOCK):
             last = min(count, first + BLOCK)
-            _locate(half, kx, ky, rows[b], first, last, base, frac)
+            _locate(half, points, rows[b], first, last, base, frac)
             for j in range(last - first):
                 for r in range(9):
                     _prefetch(volume, 4 * (base[j] + (r // 3) * plane + (r % 3) * row))
@@ -350,10 +353,10 @@ def _scatter_weighted(volume, half, kx, ky, rows, c, values, weights):  # type: 
 
 # ------------------------------------------------------------------------------------------------ portable torch
 def _torch_taps(
-    half: int, kx: Tensor, ky: Tensor, rows: Tensor, slope: bool
+    half: int, points: Tensor, matrices: Tensor, slope: bool
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Where and how much: first tap (B, K), mate sign (B, K), tap weights and their slopes, each (3, B, K) per axis."""
-    p = kx[:, None] * rows[:, None, 0] + ky[:, None] * rows[:, None, 1]
+    p = points.T @ matrices
     sign = torch.where(p[..., 0] < 0, -1.0, 1.0).to(p.dtype)
     p = p * sign[..., None]
     nearest = torch.floor(p + 0.5)
@@ -375,14 +378,12 @@ def _torch_taps(
 
 def _torch_offsets(half: int) -> list[tuple[int, int, int, int]]:
     row = half + 4
-    return [
-        (z, y, x, (z * (2 * half + 1) + y) * row + x) for z in range(3) for y in range(3) for x in range(3)
-    ]
+    return [(z, y, x, (z * (2 * half + 1) + y) * row + x) for z in range(3) for y in range(3) for x in range(3)]
 
 
-def torch_gather(volume: Tensor, half: int, kx: Tensor, ky: Tensor, rows: Tensor, slope: bool) -> Tensor:
+def torch_gather(volume: Tensor, half: int, points: Tensor, matrices: Tensor, slope: bool) -> Tensor:
     """`gather` in portable torch operations (any device); the oracle of the compiled one."""
-    base, sign, (wx, wy, wz), slopes = _torch_taps(half, kx, ky, rows, slope)
+    base, sign, (wx, wy, wz), slopes = _torch_taps(half, points, matrices, slope)
     flat = volume.reshape(-1)
     value = torch.zeros(base.shape, dtype=volume.dtype, device=volume.device)
     derivative = [torch.zeros_like(value) for _ in range(3 if slope else 0)]
@@ -402,9 +403,9 @@ def torch_gather(volume: Tensor, half: int, kx: Tensor, ky: Tensor, rows: Tensor
     return torch.stack([value, *derivative], dim=-1)
 
 
-def torch_scatter(volume: Tensor, half: int, kx: Tensor, ky: Tensor, rows: Tensor, values: Tensor) -> None:
+def torch_scatter(volume: Tensor, half: int, points: Tensor, matrices: Tensor, values: Tensor) -> None:
     """`scatter` in portable torch: adds (B, K) complex values, or (B, K, 4) real (re, im, weight, 0) ones, in place."""
-    base, sign, (wx, wy, wz), _ = _torch_taps(half, kx, ky, rows, slope=False)
+    base, sign, (wx, wy, wz), _ = _torch_taps(half, points, matrices, slope=False)
     if values.is_complex():
         channels = torch.stack([values.real, values.imag * sign], dim=-1)
         flat = torch.view_as_real(volume).reshape(-1, 2)
@@ -424,7 +425,7 @@ def _constants(dtype: torch.dtype) -> np.ndarray:
 
 def _chunks(count: int, threads: int) -> list[slice]:
     edges = np.linspace(0, count, threads + 1).astype(int)
-    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+    return [slice(a, b) for a, b in pairwise(edges) if b > a]
 
 
 def _in_threads(work: Callable[[int, slice], None], count: int, least: int) -> None:
@@ -439,71 +440,71 @@ def _in_threads(work: Callable[[int, slice], None], count: int, least: int) -> N
             done.result()
 
 
-def gather(volume: Tensor, half: int, kx: Tensor, ky: Tensor, rows: Tensor, slope: bool = False) -> Tensor:
-    """Read a haloed half volume at kx·rows[:, 0] + ky·rows[:, 1].
+def gather(volume: Tensor, half: int, points: Tensor, matrices: Tensor, slope: bool = False) -> Tensor:
+    """Read a haloed half volume at pointsᵀ·matrix of each image.
 
     Args:
         volume: haloed half volume, complex, shape `volume_shape(half)`.
-        kx, ky: (K,) real; rows: (B, 2, 3) real, of the precision of `volume`.
+        points: (3, K) real; matrices: (B, 3, 3) real, of the precision of `volume`.
         slope: also return the derivatives by the three coordinates of the point.
 
     Returns:
         (B, K) complex, or (B, K, 4) with `slope`: the value and its derivatives by x, y, z.
     """
     if volume.device.type != "cpu":
-        return torch_gather(volume, half, kx, ky, rows, slope)
-    images, count = rows.shape[0], kx.shape[0]
+        return torch_gather(volume, half, points, matrices, slope)
+    images, count = matrices.shape[0], points.shape[1]
     out = torch.empty((images, count, 4) if slope else (images, count), dtype=volume.dtype)
     v = torch.view_as_real(volume.contiguous()).reshape(-1).numpy()
-    o = torch.view_as_real(out).reshape(images, -1).numpy()
-    x, y, r = kx.contiguous().numpy(), ky.contiguous().numpy(), rows.contiguous().numpy()
-    c = _constants(rows.dtype)
+    o = torch.view_as_real(out).reshape(images, (8 if slope else 2) * count).numpy()
+    k, r = points.contiguous().numpy(), matrices.contiguous().numpy()
+    c = _constants(matrices.dtype)
     kernel = _gather_slope if slope else _gather
-    _in_threads(lambda _, part: kernel(v, half, x, y, r[part], c, o[part]), images, least=8)
+    _in_threads(lambda _, part: kernel(v, half, k, r[part], c, o[part]), images, least=8)
     return out
 
 
-def scatter(volume: Tensor, half: int, kx: Tensor, ky: Tensor, rows: Tensor, values: Tensor) -> None:
+def scatter(volume: Tensor, half: int, points: Tensor, matrices: Tensor, values: Tensor) -> None:
     """Add (B, K) complex values into a haloed half volume *in place*: the adjoint of `gather`."""
     if volume.device.type != "cpu":
-        torch_scatter(volume, half, kx, ky, rows, values)
+        torch_scatter(volume, half, points, matrices, values)
         return
-    x, y, r = kx.contiguous().numpy(), ky.contiguous().numpy(), rows.contiguous().numpy()
-    v = torch.view_as_real(values.contiguous()).reshape(len(rows), -1).numpy()
-    c = _constants(rows.dtype)
+    k, r = points.contiguous().numpy(), matrices.contiguous().numpy()
+    v = torch.view_as_real(values.contiguous()).reshape(len(matrices), 2 * points.shape[1]).numpy()
+    c = _constants(matrices.dtype)
     parts: dict[int, Tensor] = {}
 
     def work(thread: int, part: slice) -> None:
         target = volume if thread == 0 else torch.zeros_like(volume)
-        _scatter(torch.view_as_real(target).reshape(-1).numpy(), half, x, y, r[part], c, v[part])
+        _scatter(torch.view_as_real(target).reshape(-1).numpy(), half, k, r[part], c, v[part])
         parts[thread] = target
 
-    _in_threads(work, len(rows), least=64)
+    _in_threads(work, len(matrices), least=64)
     for thread, part in parts.items():
         if thread:
             volume += part
 
 
 def scatter_weighted(
-    volume: Tensor, half: int, kx: Tensor, ky: Tensor, rows: Tensor, values: Tensor, weights: Tensor
+    volume: Tensor, half: int, points: Tensor, matrices: Tensor, values: Tensor, weights: Tensor
 ) -> None:
     """Add values (B, K) complex and weights (B, K) real into a (*volume_shape(half), 4) real volume *in place*."""
     if volume.device.type != "cpu":
         stacked = torch.stack([values.real, values.imag, weights, torch.zeros_like(weights)], dim=-1)
-        torch_scatter(volume, half, kx, ky, rows, stacked)
+        torch_scatter(volume, half, points, matrices, stacked)
         return
-    x, y, r = kx.contiguous().numpy(), ky.contiguous().numpy(), rows.contiguous().numpy()
-    v = torch.view_as_real(values.contiguous()).reshape(len(rows), -1).numpy()
+    k, r = points.contiguous().numpy(), matrices.contiguous().numpy()
+    v = torch.view_as_real(values.contiguous()).reshape(len(matrices), 2 * points.shape[1]).numpy()
     w = weights.contiguous().numpy()
-    c = _constants(rows.dtype)
+    c = _constants(matrices.dtype)
     parts: dict[int, Tensor] = {}
 
     def work(thread: int, part: slice) -> None:
         target = volume if thread == 0 else torch.zeros_like(volume)
-        _scatter_weighted(target.reshape(-1).numpy(), half, x, y, r[part], c, v[part], w[part])
+        _scatter_weighted(target.reshape(-1).numpy(), half, k, r[part], c, v[part], w[part])
         parts[thread] = target
 
-    _in_threads(work, len(rows), least=64)
+    _in_threads(work, len(matrices), least=64)
     for thread, part in parts.items():
         if thread:
             volume += part

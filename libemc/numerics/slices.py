@@ -73,6 +73,10 @@ class Band:
         scale = 1.0 / (self.box * pixel_size)
         return (self.kx * scale).to(dtype), (self.ky * scale).to(dtype)
 
+    def points(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(3, K): the coefficients as points of the image's Fourier plane, Fourier pixels, z = 0."""
+        return torch.stack([self.kx, self.ky, torch.zeros_like(self.kx)]).to(dtype)
+
     @property
     def multiplicity(self) -> Tensor:
         """(K,) float64: how often each coefficient stands in the full transform: 1 for the mean, 2 for all others."""
@@ -114,7 +118,7 @@ def images_from_band(values: Tensor, band: Band) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _envelope(box: int, padded: int) -> Tensor:
+def envelope(box: int, padded: int) -> Tensor:
     """(n, n, n) float64: what the interpolation kernel multiplies real space with, one factor per axis."""
     line = torch.from_numpy(kernels.kernel_envelope((np.arange(box) - box // 2) / padded))
     return line[:, None, None] * line[None, :, None] * line[None, None, :]
@@ -142,7 +146,7 @@ class FourierVolume:
         n = density.shape[-1]
         padded = fourier.good_size(int(np.ceil(n * padding)))
         limit = n / 2 if radius is None else min(float(radius), n / 2)
-        flat = density / _envelope(n, padded).to(density)
+        flat = density / envelope(n, padded).to(density)
         spectrum = fourier.rfftn_centred(fourier.centre_pad(flat, (padded,) * 3), 3)
         half = kernels.half_size(limit, padded / n)
         return FourierVolume(_to_haloed(spectrum, padded, half), n, padded, half, limit)
@@ -171,36 +175,34 @@ class _Gather(torch.autograd.Function):
     """kernels.gather with its analytic gradients by volume and rows."""
 
     @staticmethod
-    def forward(ctx: Any, data: Tensor, rows: Tensor, half: int, kx: Tensor, ky: Tensor) -> Tensor:
-        ctx.save_for_backward(data, rows, kx, ky)
+    def forward(ctx: Any, data: Tensor, matrices: Tensor, half: int, points: Tensor) -> Tensor:
+        ctx.save_for_backward(data, matrices, points)
         ctx.half = half
-        return kernels.gather(data.detach(), half, kx, ky, rows.detach())
+        return kernels.gather(data.detach(), half, points, matrices.detach())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (grad,) = grads
-        data, rows, kx, ky = ctx.saved_tensors
-        grad_data = grad_rows = None
+        data, matrices, points = ctx.saved_tensors
+        grad_data = grad_matrices = None
         if ctx.needs_input_grad[0]:
             grad_data = torch.zeros_like(data)
-            kernels.scatter(grad_data, ctx.half, kx, ky, rows, grad.contiguous())
+            kernels.scatter(grad_data, ctx.half, points, matrices, grad.contiguous())
         if ctx.needs_input_grad[1]:
-            slope = kernels.gather(data, ctx.half, kx, ky, rows, slope=True)[..., 1:]
+            slope = kernels.gather(data, ctx.half, points, matrices, slope=True)[..., 1:]
             g = (grad[..., None].conj() * slope).real
-            grad_rows = torch.stack([torch.einsum("bkd,k->bd", g, kx), torch.einsum("bkd,k->bd", g, ky)], dim=1)
-        return grad_data, grad_rows, None, None, None
+            grad_matrices = torch.einsum("ck,bkd->bcd", points, g)
+        return grad_data, grad_matrices, None, None
 
 
-def _rows(matrices: Tensor, scale: float, magnification: Tensor | None, dtype: torch.dtype) -> Tensor:
-    rows = matrices[:, :2] * scale
+def _scaled(matrices: Tensor, scale: float, magnification: Tensor | None, dtype: torch.dtype) -> Tensor:
+    scaled = matrices * scale
     if magnification is not None:
-        rows = rows * magnification[:, None, None]
-    return rows.to(dtype).contiguous()
+        scaled = scaled * magnification[:, None, None]
+    return scaled.to(dtype).contiguous()
 
 
-def extract_slices(
-    volume: FourierVolume, matrices: Tensor, band: Band, magnification: Tensor | None = None
-) -> Tensor:
+def extract_slices(volume: FourierVolume, matrices: Tensor, band: Band, magnification: Tensor | None = None) -> Tensor:
     """Central slices: the transforms of the projections of the map rotated by each matrix.
 
     Args:
@@ -213,8 +215,8 @@ def extract_slices(
     """
     _check_band(band, volume.box, volume.radius)
     real = volume.data.real.dtype
-    rows = _rows(matrices, volume.scale, magnification, real)
-    return _Gather.apply(volume.data, rows, volume.half, band.kx.to(real), band.ky.to(real))  # type: ignore[no-any-return]
+    scaled = _scaled(matrices, volume.scale, magnification, real)
+    return _Gather.apply(volume.data, scaled, volume.half, band.points(real))  # type: ignore[no-any-return]
 
 
 def extract_slices_with_slopes(volume: FourierVolume, matrices: Tensor, band: Band) -> tuple[Tensor, Tensor]:
@@ -225,9 +227,23 @@ def extract_slices_with_slopes(volume: FourierVolume, matrices: Tensor, band: Ba
     """
     _check_band(band, volume.box, volume.radius)
     real = volume.data.real.dtype
-    rows = _rows(matrices, volume.scale, None, real)
-    out = kernels.gather(volume.data, volume.half, band.kx.to(real), band.ky.to(real), rows, slope=True)
+    scaled = _scaled(matrices, volume.scale, None, real)
+    out = kernels.gather(volume.data, volume.half, band.points(real), scaled, slope=True)
     return out[..., 0], out[..., 1:] * volume.scale
+
+
+def sample_points(volume: FourierVolume, matrices: Tensor, points: Tensor) -> Tensor:
+    """The transform of the map rotated by each matrix, at a list of points in space.
+
+    Args:
+        matrices: (B, 3, 3); points: (3, K) in Fourier pixels, each within the volume's radius.
+
+    Returns:
+        (B, K) complex.
+    """
+    real = volume.data.real.dtype
+    scaled = _scaled(matrices, volume.scale, None, real)
+    return kernels.gather(volume.data, volume.half, points.to(real), scaled)
 
 
 def _check_band(band: Band, box: int, radius: float) -> None:
@@ -277,15 +293,14 @@ class Accumulator:
         """
         _check_band(band, self.box, self.radius)
         dtype = self.sums.dtype
-        rows = _rows(matrices, self.scale, magnification, dtype)
+        scaled = _scaled(matrices, self.scale, magnification, dtype)
         # the mean is its own Friedel mate, and the fold below adds mates: half of it each time
         once = (band.multiplicity / 2).to(dtype)
         kernels.scatter_weighted(
             self.sums,
             self.half,
-            band.kx.to(dtype),
-            band.ky.to(dtype),
-            rows,
+            band.points(dtype),
+            scaled,
             (values * once).to(torch.complex64 if dtype == torch.float32 else torch.complex128),
             (weights * once).to(dtype),
         )
@@ -322,7 +337,9 @@ class Accumulator:
     def _shell_means(self, total: Tensor, radii: Tensor) -> Tensor:
         shell = radii.round().long().clamp_max(self.box // 2 + 1).reshape(-1)
         size = self.box // 2 + 2
-        sums = torch.zeros(size, dtype=torch.float64, device=total.device).index_add_(0, shell, total.reshape(-1).double())
+        sums = torch.zeros(size, dtype=torch.float64, device=total.device).index_add_(
+            0, shell, total.reshape(-1).double()
+        )
         counts = torch.bincount(shell, minlength=size).double()
         return (sums / counts.clamp_min(1))[: self.box // 2 + 1]
 
@@ -359,7 +376,7 @@ class Accumulator:
         z, y = line % n, line % n
         spectrum[z[:, None], y[None, :], : reach + 1] = cut
         real = fourier.centre_crop(fourier.irfftn_centred(spectrum, (n, n, n)), (self.box,) * 3)
-        return real / _envelope(self.box, self.padded).to(real)
+        return real / envelope(self.box, self.padded).to(real)
 
 
 def project(density: Tensor, matrices: Tensor, radius: float | None = None) -> Tensor:
@@ -368,3 +385,64 @@ def project(density: Tensor, matrices: Tensor, radius: float | None = None) -> T
     band = Band.of(density.shape[-1], volume.radius, density.device)
     return images_from_band(extract_slices(volume, matrices, band), band)
 
+
+class Backprojection:
+    """The adjoint of `extract_slices` without weights: slices in, the middle of the map out, buffers kept for the next.
+
+    For slices that carry their weights already (filtered back-projection). The volume isn't padded, so what is kept
+    must not reach beyond a third of the box from its centre: there the kernel's replicas are below 4 %.
+
+    Args:
+        box: pixels of the images and of the cube, even.
+        keep: voxels (z, y, x) of the map that is given back, around the origin.
+    """
+
+    def __init__(self, box: int, keep: tuple[int, int, int], device: torch.device | str = "cpu") -> None:
+        if box % 2:
+            raise ValueError(f"box {box} is odd")
+        self.box, self.keep = box, keep
+        self._half = kernels.half_size(box / 2, 1.0)
+        self._sums = torch.zeros(kernels.volume_shape(self._half), dtype=torch.complex64, device=device)
+        self._spectrum = torch.zeros((box, box, box // 2 + 1), dtype=torch.complex64, device=device)
+        gain = [1 / torch.from_numpy(kernels.kernel_envelope((np.arange(n) - n // 2) / box)) for n in keep]
+        self._gain_zy = (gain[0][:, None, None] * gain[1][:, None] * box).float().to(device)
+        self._gain_x = gain[2].float().to(device)
+        self._ends = [((slice(n // 2), slice(box - n // 2, box)), (slice(n // 2, n), slice(n - n // 2))) for n in keep]
+
+    def __call__(self, values: Tensor, matrices: Tensor, band: Band, magnification: Tensor | None = None) -> Tensor:
+        """Back-project.
+
+        Args:
+            values: (B, K) complex64 coefficients of the images, origin at pixel n//2.
+            matrices: (B, 3, 3) M: a voxel r gets the value of the image at (M·r)_xy.
+            magnification: (B,) scale of the image about its centre.
+
+        Returns:
+            (*keep) float32: the sum of the images' values at the projections of each voxel.
+        """
+        _check_band(band, self.box, self.box / 2)
+        scaled = _scaled(matrices, 1.0, magnification, torch.float32)
+        values = values * (band.multiplicity / 2).to(values.real.dtype)  # as in `Accumulator.add`
+        kernels.scatter(self._sums, self._half, band.points(), scaled, values)
+        self._fold()
+        # Each axis is cut, to the ends of its circle, before the next is transformed.
+        out = torch.empty(self.keep, device=values.device)
+        columns = torch.fft.ifft(self._spectrum, dim=0)
+        for z_to, z_from in self._ends[0]:
+            planes = torch.fft.ifft(columns[z_from], dim=1)
+            for y_to, y_from in self._ends[1]:
+                lines = torch.fft.irfft(planes[:, y_from], n=self.box, dim=2)
+                for x_to, x_from in self._ends[2]:
+                    out[z_to, y_to, x_to] = lines[:, :, x_from]
+        return out.mul_(self._gain_zy).mul_(self._gain_x)
+
+    def _fold(self) -> None:
+        """Add the Friedel mates, move the sums to the rfft layout, and empty them for the next call."""
+        sums, half, h, reach = self._sums, self._half, kernels.HALO, self.box // 2 - 1
+        sums[:, :, h] += sums[:, :, h].flip(0, 1).conj()  # as in `Accumulator.folded`
+        sums[:, :, h + 1] += sums[:, :, h - 1].flip(0, 1).conj()
+        here = [(slice(0, reach + 1), slice(half, half + reach + 1)), (slice(-reach, None), slice(half - reach, half))]
+        for z_to, z_from in here:
+            for y_to, y_from in here:
+                self._spectrum[z_to, y_to, : reach + 1] = sums[z_from, y_from, h : h + reach + 1]
+        sums.zero_()

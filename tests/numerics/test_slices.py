@@ -91,7 +91,10 @@ def test_gradients_against_central_differences() -> None:
         return torch.view_as_real(slices * transfer * shift_phases(s, band, torch.float64))
 
     assert torch.autograd.gradcheck(
-        model, (density, rotation, shift, magnification, (defocus.detach() / 1e4).requires_grad_()), fast_mode=False, eps=1e-6
+        model,
+        (density, rotation, shift, magnification, (defocus.detach() / 1e4).requires_grad_()),
+        fast_mode=False,
+        eps=1e-6,
     )
 
 
@@ -117,7 +120,7 @@ def test_projections_inserted_back(box: int) -> None:
     matrices = random_matrices(500, 13)
     band = Band.of(box)
     kx, ky = band.frequencies(pixel_size)
-    u = (1e4 + 2e4 * torch.rand(500, 1, generator=g))
+    u = 1e4 + 2e4 * torch.rand(500, 1, generator=g)
     zero = torch.zeros(())
     transfer = ctf.ctf(kx, ky, u + 200, u - 200, zero + 40.0, zero, optics)
     shift = (torch.rand(500, 2, generator=g, dtype=torch.float64) - 0.5) * 4
@@ -141,30 +144,33 @@ def test_compiled_kernels_equal_portable_ones() -> None:
     half, g = kernels.half_size(10, 1.5), torch.Generator().manual_seed(1)
     shape = kernels.volume_shape(half)
     volume = torch.complex(*(torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(2)))
-    band = Band.of(20, 9.5)
-    kx, ky = band.kx.double(), band.ky.double()
-    rows = (random_matrices(90, 3)[:, :2] * 1.5).contiguous()
-    got = kernels.gather(volume, half, kx, ky, rows, slope=True)
-    want = kernels.torch_gather(volume, half, kx, ky, rows, slope=True)
+    band = Band.of(20, 9.0)
+    points = band.points(torch.float64)
+    points[2] = torch.linspace(-3, 3, len(band.kx))  # off the central plane too, as the search in space reads them
+    rows = (random_matrices(90, 3) * 1.5).contiguous()
+    got = kernels.gather(volume, half, points, rows, slope=True)
+    want = kernels.torch_gather(volume, half, points, rows, slope=True)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
-    torch.testing.assert_close(kernels.gather(volume, half, kx, ky, rows), want[..., 0], rtol=0, atol=1e-11)
+    torch.testing.assert_close(kernels.gather(volume, half, points, rows), want[..., 0], rtol=0, atol=1e-11)
     values = want[..., 0].contiguous()
     weights = torch.rand(values.shape, generator=g, dtype=torch.float64)
     a, b = torch.zeros_like(volume), torch.zeros_like(volume)
-    kernels.scatter(a, half, kx, ky, rows, values)
-    kernels.torch_scatter(b, half, kx, ky, rows, values)
+    kernels.scatter(a, half, points, rows, values)
+    kernels.torch_scatter(b, half, points, rows, values)
     torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     a4, b4 = (torch.zeros((*shape, 4), dtype=torch.float64) for _ in range(2))
-    kernels.scatter_weighted(a4, half, kx, ky, rows, values, weights)
+    kernels.scatter_weighted(a4, half, points, rows, values, weights)
     stacked = torch.stack([values.real, values.imag, weights, torch.zeros_like(weights)], dim=-1)
-    kernels.torch_scatter(b4, half, kx, ky, rows, stacked)
+    kernels.torch_scatter(b4, half, points, rows, stacked)
     torch.testing.assert_close(a4, b4, rtol=0, atol=1e-10)
 
 
 def test_slopes_are_the_derivatives_of_the_slices() -> None:
     """Against central differences of the slice by its rotation rows, float64: truncation of the differences is 1e-8."""
     box = 16
-    volume = FourierVolume.from_map(torch.randn(box, box, box, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    volume = FourierVolume.from_map(
+        torch.randn(box, box, box, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    )
     m, band, step = random_matrices(2, 9), Band.of(box, 6.0), 1e-5
     _, slope = extract_slices_with_slopes(volume, m, band)
     for axis in range(3):

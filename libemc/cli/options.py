@@ -1,0 +1,326 @@
+"""Options that programs share: each is declared here, once, with one meaning, one help text and one default.
+
+A program that wants `--mask` calls `options.mask(parser)`. Where a default belongs to the program and not to the
+option, the function takes it as an argument; help and type can't be changed. The parser walk in the tests fails on an
+option that two programs declare by themselves. Add an option here as soon as a second program wants it; never change
+what one means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from libemc.errors import InputError
+
+STANDARD = ("threads", "device", "memory", "overwrite", "resume", "seed", "verbose", "quiet", "dry-run")
+"""The standard options besides --help and --version, in the order in which --help shows them."""
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description and ends each option's help with its default, where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help
+        says_nothing = action.default is None or action.default is argparse.SUPPRESS or action.const is not None
+        if text is None or says_nothing or not action.option_strings or isinstance(action.default, bool):
+            return text
+        return f"{text} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser without abbreviations, whose errors are `InputError`s of one line."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(
+            prog=prog, description=description, formatter_class=HelpFormatter, allow_abbrev=False, add_help=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would have printed.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(message, remedy=f"see {self.prog} --help")
+
+    def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse a whole command line.
+
+        Raises:
+            InputError: for an option that doesn't exist (naming the one that is spelt most like it), or a wrong value.
+        """
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in argv:
+            option = word.split("=", 1)[0]
+            if word == "--":
+                break
+            if re.match(r"--?[A-Za-z]", option) and option not in known:
+                near = difflib.get_close_matches(option, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
+                raise InputError(f"there is no option {option}", remedy=hint)
+        return self.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------- types
+
+
+def _number(text: str, kind: Callable[[str], Any], name: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not {name}") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not finite")
+    return value
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    return float(_number(text, float, "a number"))
+
+
+def positive(text: str) -> float:
+    """A finite number above zero."""
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not above zero")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A finite number, zero or above."""
+    value = number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is below zero")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1, both included."""
+    value = number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not from 0 to 1")
+    return value
+
+
+def integer(text: str) -> int:
+    """A whole number."""
+    return int(_number(text, int, "a whole number"))
+
+
+def count(text: str) -> int:
+    """A whole number, 1 or more."""
+    value = integer(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not 1 or more")
+    return value
+
+
+def seed_number(text: str) -> int:
+    """A whole number from 0 to 2^32 - 1, which every generator takes."""
+    value = integer(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"'{text}' is not from 0 to 4294967295")
+    return value
+
+
+def memory_size(text: str) -> int:
+    """Bytes from `4G`, `500M`, `1.5GB`, `2GiB` or a plain number; the units are powers of 1024."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not an amount of memory such as 4G or 500M")
+    return size
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Finite numbers with commas between them."""
+    return tuple(number(part) for part in text.split(","))
+
+
+def box_size(text: str) -> int:
+    """A box of at least 8 pixels."""
+    value = integer(text)
+    if value < 8:
+        raise argparse.ArgumentTypeError(f"'{text}' is not 8 pixels or more")
+    return value
+
+
+def label_name(text: str) -> str:
+    """A name that is also a good file name: letters, digits and `_ . + -`, beginning with a letter or digit."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a name of letters, digits and _ . + -")
+    return text
+
+
+def region_bounds(text: str) -> tuple[float, ...]:
+    """Six numbers x0,x1,y0,y1,z0,z1 with each pair rising."""
+    values = numbers(text)
+    if len(values) != 6 or any(low >= high for low, high in zip(values[::2], values[1::2], strict=True)):
+        raise argparse.ArgumentTypeError(f"'{text}' is not x0,x1,y0,y1,z0,z1 with x0 < x1, y0 < y1, z0 < z1")
+    return values
+
+
+# -------------------------------------------------------------------------------------------------------- declarations
+
+
+def _add(parser: argparse._ActionsContainer, *flags: str, **settings: Any) -> None:
+    """Add an argument and mark it as declared in this file, which the parser walk asks for."""
+    parser.add_argument(*flags, **settings).declared_once = True  # type: ignore[attr-defined]
+
+
+def add_standard(parser: argparse.ArgumentParser, names: Sequence[str], version: str) -> None:
+    """Add --help, --version and the standard options in `names` (out of `STANDARD`) as one group.
+
+    Raises:
+        ValueError: for a name that is no standard option.
+    """
+    unknown = set(names) - set(STANDARD)
+    if unknown:
+        raise ValueError(f"no such standard option: {', '.join(sorted(unknown))}")
+    group = parser.add_argument_group("standard options")
+    _add(group, "--help", "-h", action="help", help="show this help and end")
+    _add(group, "--version", action="version", version=f"%(prog)s {version}", help="show the version and end")
+    if "threads" in names:
+        _add(group, "--threads", type=count, metavar="N", help="threads to use (default: all this process may use)")
+    if "device" in names:
+        _add(group, "--device", metavar="D", default="cpu", help="where to compute: cpu, cuda or cuda:N")
+    if "memory" in names:
+        _add(group, "--memory", type=memory_size, metavar="SIZE",
+             help="memory to stay within, for example 4G (default: half of what is free)")  # fmt: skip
+    if "overwrite" in names:
+        _add(group, "--overwrite", action="store_true", help="replace files that this program did not write")
+    if "resume" in names:
+        _add(group, "--resume", action="store_true", help="go on from where an earlier run stopped")
+    if "seed" in names:
+        _add(group, "--seed", type=seed_number, default=0, metavar="N", help="seed of everything that is random")
+    if "verbose" in names:
+        _add(group, "--verbose", action="store_true", help="say more on stderr")
+    if "quiet" in names:
+        _add(group, "--quiet", action="store_true", help="say nothing but warnings and errors on stderr")
+    if "dry-run" in names:
+        _add(group, "--dry-run", action="store_true",
+             help="check everything, say what would be done and what it needs, and do nothing")  # fmt: skip
+
+
+def tiltseries_names(parser: argparse.ArgumentParser) -> None:
+    """`NAME...` or `--all`: the tilt series to work on; `Run.tiltseries` finds their records."""
+    _add(parser, "names", nargs="*", metavar="NAME", help="tilt series: names or record files")
+    _add(parser, "--all", action="store_true", help="every tilt series of the project")
+
+
+def set_or_run(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    """`SET`: the particles to work on, by the name of a set or the folder of a run; `Run.particles` finds them."""
+    _add(parser, "set_or_run", nargs=nargs, metavar="SET", help="particle set (its name) or run (its folder)")
+
+
+def _option(*flags: str, **settings: Any) -> Callable[..., None]:
+    """A function that adds one option; its keywords may set `default` and `required`, and nothing else.
+
+    A `default` inside `settings` is the option's own.
+    """
+    own_default = settings.pop("default", None)
+
+    def add(parser: argparse._ActionsContainer, default: Any = own_default, required: bool = False) -> None:
+        _add(parser, *flags, default=default, required=required, **settings)
+
+    add.__doc__ = f"Add {flags[0]}: {settings['help']}."
+    add.__name__ = flags[0].lstrip("-").replace("-", "_")
+    return add
+
+
+label = _option("--label", type=label_name, metavar="L", help="name of the picks")
+set_name = _option("--set", dest="set_name", type=label_name, metavar="S", help="name of the particle set to make")
+symmetry = _option("--symmetry", default="c1", metavar="G", help="symmetry group, such as c1, c7, d2, t, o or i")
+mask = _option("--mask", type=Path, metavar="MAP", help="mask, a map from 0 to 1 on the same grid")
+reference = _option("--reference", type=Path, metavar="MAP", help="reference map, white")
+box = _option("--box", type=box_size, metavar="N", help="box size in pixels, after binning")
+binning = _option("--bin", dest="binning", type=count, metavar="N", help="binning: an output pixel is N pixels wide")
+path = _option("--path", type=Path, metavar="DIR", help="folder of the run (default: the next free number)")
+output = _option("--output", type=Path, metavar="FILE", help="where the result goes")
+particles = _option("--particles", metavar="P", help="particles to take: a set, a run, or a STAR file")
+pixel_size = _option("--pixel-size", type=positive, metavar="A", help="pixel size in Å")
+voltage = _option("--voltage", type=positive, default=300.0, metavar="KV", help="voltage in kV")
+cs = _option("--cs", type=not_negative, default=2.7, metavar="MM", help="spherical aberration in mm")
+amplitude_contrast = _option(
+    "--amplitude-contrast", type=fraction, default=0.07, metavar="A", help="amplitude contrast, a fraction"
+)
+axis = _option("--axis", type=number, metavar="DEG", help="tilt axis in degrees from +y, counter-clockwise")
+dose = _option("--dose", type=not_negative, metavar="E", help="dose of each tilt in e/Å²")
+thickness = _option("--thickness", type=positive, metavar="A", help="thickness in Å")
+region = _option(
+    "--region", type=region_bounds, metavar="X0,X1,Y0,Y1,Z0,Z1", help="part of the tomogram, in Å from its centre"
+)
+resolution = _option("--resolution", type=positive, metavar="A", help="resolution to use, in Å")
+step = _option("--step", type=positive, metavar="DEG", help="angle between neighbouring orientations")
+classes = _option("--classes", type=count, default=1, metavar="N", help="number of classes")
+class_number = _option("--class", dest="class_number", type=integer, metavar="K", help="class to take")
+iterations = _option("--iterations", type=count, metavar="N", help="number of iterations")
+diameter = _option("--diameter", type=positive, metavar="A", help="diameter of the particle in Å")
+distance = _option("--distance", type=positive, metavar="A", help="least distance between two particles in Å")
+subtomograms = _option("--subtomograms", action="store_true", default=False, help="write subtomograms too")
+
+
+# ----------------------------------------------------------------------------------------------- what a process may use
+
+
+def usable_threads() -> int:
+    """Threads for a program that was not told: `OMP_NUM_THREADS` where set, else the cores this process may run on."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    if told.isdigit() and int(told) > 0:
+        return int(told)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text()
+    except OSError:
+        return ""
+
+
+def available_memory() -> int:
+    """Bytes that are free for this process: the machine's, or less where a control group (container, job) limits it."""
+    match = re.search(r"MemAvailable:\s*(\d+) kB", _read("/proc/meminfo"))
+    amounts = [int(match[1]) * 1024] if match else []
+    for folder, limit, used in (
+        ("/sys/fs/cgroup/", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory/", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        allowed, taken = _read(folder + limit).strip(), _read(folder + used).strip()
+        if allowed.isdigit() and taken.isdigit() and int(allowed) < 2**60:
+            cache = re.search(r"^(?:total_)?inactive_file (\d+)", _read(folder + "memory.stat"), re.MULTILINE)
+            amounts.append(max(int(allowed) - int(taken) + (int(cache[1]) if cache else 0), 0))
+    if not amounts:
+        amounts.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(amounts)
+
+
+def bytes_text(size: float) -> str:
+    """A size for people: `3.2 GB` (powers of 1024)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TB"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration for people: `4.2 s`, `3 min 20 s`, `2 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,181 @@
+"""The average of a set at its present poses: half maps, the FSC between them, and the Wiener-filtered whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from libemc.errors import InputError
+from libemc.methods.subtilts import Batch, Particles, Progress, chunk_size, chunks, load_batch, noise_spectrum
+from libemc.numerics.fsc import CorrectedFSC, corrected_fsc, resolution_at
+from libemc.numerics.slices import Accumulator, Band
+from libemc.numerics.symmetry import symmetry_matrices
+
+GOLD_STANDARD = 0.143
+"""Threshold between independent halves (Rosenthal & Henderson 2003), convention 16."""
+RUN_BELOW = 3
+"""Consecutive shells below the threshold that end the signal."""
+DEFAULT_MASK = 0.85
+"""Radius of the spherical mask used when none is given, as a fraction of half the box."""
+MASK_EDGE = 5.0
+"""Width of its soft edge in pixels."""
+HIGHEST_FSC = 0.999
+"""Above it the signal-to-noise ratio is not known, only large."""
+
+
+@dataclass(frozen=True)
+class HalfMaps:
+    """What a set gives: two half maps and their sums.
+
+    Attributes:
+        half1, half2: (n, n, n) unfiltered.
+        sums: accumulator of each half.
+        images: how many images went into each half.
+    """
+
+    half1: Tensor
+    half2: Tensor
+    sums: tuple[Accumulator, Accumulator]
+    images: tuple[int, int]
+
+
+def insert_batch(accumulator: Accumulator, batch: Batch, weight: Tensor | None, operators: Tensor) -> None:
+    """Insert a batch at its rotations, once for each operator of the symmetry group.
+
+    Args:
+        weight: (B,) weight of each image; None: 1.
+        operators: (G, 3, 3), `symmetry_matrices`: an equivalent pose is R·S (convention 10).
+    """
+    values, squared = batch.centred(), batch.transfer**2
+    if weight is not None:
+        values, squared = values * weight[:, None], squared * weight[:, None]
+    for operator in operators:
+        accumulator.add(values, squared, batch.matrices(batch.rotation @ operator), batch.band, batch.magnification)
+
+
+def half_maps(
+    series: Sequence[Particles],
+    memory: int,
+    symmetry: str = "c1",
+    whiten: bool = True,
+    progress: Progress | None = None,
+) -> HalfMaps:
+    """Insert all used particles of all tilt series into their half's volume.
+
+    Args:
+        series: the particles, by tilt series; one box and pixel size.
+        memory: bytes that batches may take.
+        symmetry: of the particle; every image is inserted once for each operator.
+        whiten: divide by the noise power of each tilt series.
+        progress: wraps the loop over the batches of a tilt series.
+
+    Raises:
+        InputError: a half has no images.
+    """
+    box = series[0].file.box
+    band = Band.of(box)
+    sums = (Accumulator(box), Accumulator(box))
+    counts = [0, 0]
+    operators = symmetry_matrices(symmetry)
+    for particles in series:
+        inverse = (1 / noise_spectrum(particles, band)).float() if whiten else None
+        pieces = [
+            (half, piece)
+            for half in (1, 2)
+            for piece in chunks(
+                torch.nonzero(particles.use & (particles.half == half))[:, 0], chunk_size(particles, band, memory)
+            )
+        ]
+        wrapped = (
+            progress([p for _, p in pieces], len(pieces), f"average {particles.file.name}")
+            if progress
+            else [p for _, p in pieces]
+        )
+        for (half, _), piece in zip(pieces, wrapped, strict=True):
+            batch = load_batch(particles, piece, band, inverse)
+            if len(batch.values):
+                insert_batch(sums[half - 1], batch, None, operators)
+            counts[half - 1] += len(batch.values)
+    for half, count in enumerate(counts, start=1):
+        if not count:
+            raise InputError(f"half {half} of the set has no images", series[0].file.set, "use more particles")
+    return HalfMaps(sums[0].map(), sums[1].map(), sums, (counts[0], counts[1]))
+
+
+def signal_to_noise(fsc: Tensor, whole: bool) -> Tensor:
+    """Spectral signal-to-noise ratio per shell from the FSC of two halves; `whole`: of both halves' sum (twice as high)."""
+    c = fsc.clamp(0.0, HIGHEST_FSC)
+    return c / (1 - c) * (2.0 if whole else 1.0)
+
+
+@dataclass(frozen=True)
+class Average:
+    """A finished average.
+
+    Attributes:
+        average: (n, n, n) both halves together, Wiener filtered by the FSC (unfiltered where there is none to go by).
+        fsc: unmasked, masked, phase-randomised and corrected curves.
+        resolution: Å at 0.143 of the corrected curve; reach: Å of the last shell that carries signal.
+    """
+
+    average: Tensor
+    fsc: CorrectedFSC
+    resolution: float
+    reach: float
+
+
+def finish(maps: HalfMaps, mask: Tensor, pixel_size: float, seed: int) -> Average:
+    """FSC of two half maps and the Wiener-filtered average of both.
+
+    Args:
+        mask: (n, n, n) between 0 and 1, for the masked FSC.
+        seed: of the phase randomisation.
+    """
+    fsc = corrected_fsc(maps.half1, maps.half2, mask, torch.Generator().manual_seed(seed))
+    both = Accumulator(maps.sums[0].box)
+    both.merge(maps.sums[0])
+    both.merge(maps.sums[1])
+    curve = for_filters(fsc.corrected.values)
+    average = both.map(signal_to_noise(curve, whole=True))
+    reach = both.box * pixel_size / max(1, last_shell(fsc.corrected.values))
+    return Average(average, fsc, resolution_at(fsc.corrected, GOLD_STANDARD, pixel_size), reach)
+
+
+def last_shell(fsc: Tensor) -> int:
+    """The last shell that carries signal: the one before the first run of `RUN_BELOW` shells below 0.143.
+
+    One tilt series at one defocus has gaps at the zeros of its CTF; a single shell below the threshold is not the end of
+    the signal, for filters and bands. The resolution that is reported is the first crossing all the same.
+    """
+    below = (fsc < GOLD_STANDARD).tolist()
+    for shell in range(1, len(below) - RUN_BELOW + 1):
+        if all(below[shell : shell + RUN_BELOW]):
+            return shell - 1
+    return len(below) - 1
+
+
+def for_filters(fsc: Tensor) -> Tensor:
+    """An FSC to make filters of: 1 at the origin, zero beyond `last_shell`, never negative."""
+    out = fsc.clamp_min(0.0).clone()
+    out[0] = 1.0
+    out[last_shell(fsc) + 1 :] = 0.0
+    return out
+
+
+def subtomogram(particles: Particles, index: int, floor: float = 0.05) -> Tensor:
+    """One particle in the specimen's frame, corrected for CTF and dose: (n, n, n), white.
+
+    Args:
+        index: place in the particle file.
+        floor: part of each shell's mean weight that is added to the weights: a single particle's CTF zeros and missing
+            wedge are left dark rather than amplified.
+    """
+    band = Band.of(particles.file.box)
+    batch = load_batch(particles, torch.tensor([index]), band)
+    accumulator = Accumulator(band.box)
+    identity = torch.eye(3, dtype=torch.float64)[None]
+    accumulator.add(batch.centred(), batch.transfer**2, batch.matrices(identity), band, batch.magnification)
+    return accumulator.map(floor=floor)

@@ -1,0 +1,481 @@
+"""Tomograms: filtered back-projection by the adjoint of the forward model, tile by tile, in bounded memory.
+
+Every image is binned and filtered once (`prepare_images`). A tile is then a small specimen of its own: the patch of each
+image around its projection, with the CTF at its own height, goes through the adjoint of `extract_slices`; tiles overlap
+a little and are blended with weights that add up to one (`reconstruct`). The filter is the sampled weight of the
+geometry, not a guessed ramp: a coefficient counts the less, the more other tilts have measured it too, to within the
+resolution in Fourier space that the specimen's thickness allows (Harauz & van Heel 1986, Optik 73:146; any geometry:
+Radermacher 1992). It is the same everywhere, so there are no seams. The images' contrast is kept (convention 12).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from libemc.errors import InputError
+from libemc.methods.subtilts import TiltGeometry
+from libemc.numerics import fourier
+from libemc.numerics.ctf import Optics, ctf
+from libemc.numerics.dose import exposure_filter
+from libemc.numerics.filters import normalise, taper_edges
+from libemc.numerics.masks import cosine_edge
+from libemc.numerics.slices import Backprojection, Band
+from libemc.records import TiltSeriesRecord, need
+
+PAYLOAD = 1 / 3  # of a tile's box on each side of its centre: beyond, the kernel's replicas exceed 4 %
+SMALLEST_TILE, LARGEST_TILE = 48, 288  # box in voxels; beyond, Fourier transforms leave the cache
+SECONDS_PER_VOXEL, SECONDS_PER_COEFFICIENT = 9e-9, 47e-9  # of a tile, measured at 2.5 GHz: how `Tiling` weighs sizes
+BYTES_PER_VOXEL = 18  # of a tile at work: half volume, spectrum, two transforms
+LEAST_OVERLAP = 8  # voxels over which neighbouring tiles are blended
+DAMAGE_NOISE = 0.1  # added to the sampled weights with dose weighting: what is destroyed is not amplified
+CTF_NOISE = 0.2  # noise over signal power in the Wiener correction of the CTF
+EDGE_TAPER = 0.02  # of the image's shorter side
+FILTER_PADDING = 1.12  # of the image, for the tails of the filter
+NYQUIST_EDGE = 0.06  # cycles per pixel over which the filter falls to zero at Nyquist
+DEFAULT_THICKNESS = 3000.0  # Å
+THICKNESS_MARGIN = 1.5  # of a known thickness of the specimen, for the tomogram
+CTF_MODES = ("none", "phaseflip", "multiply", "wiener")
+
+
+# ---------------------------------------------------------------------------------------------------------- geometry
+def select(geometry: TiltGeometry, tilts: Sequence[int]) -> TiltGeometry:
+    """The geometry of these tilts only."""
+    index = torch.as_tensor(list(tilts), dtype=torch.long)
+    g = geometry
+    return TiltGeometry(g.matrices[index], g.shift[index], g.magnification[index], g.use[index])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A tomogram's voxels.
+
+    Attributes:
+        shape: (z, y, x).
+        pixel_size: Å.
+        centre: (x, y, z) Å of the voxel at n//2 of each axis, from the specimen's origin.
+    """
+
+    shape: tuple[int, int, int]
+    pixel_size: float
+    centre: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    @staticmethod
+    def of(
+        record: TiltSeriesRecord,
+        binning: int,
+        thickness: float | None = None,
+        region: tuple[float, ...] | None = None,
+    ) -> Grid:
+        """The grid of a tilt series: the image's field, its sides exchanged where the tilt axis lies nearer to image x.
+
+        Args:
+            binning: image pixels to a voxel.
+            thickness: Å along z; by default 1.5 times the alignment's, else 3000, at most half of the field.
+            region: x0, x1, y0, y1, z0, z1 in Å from the origin; cut to whole voxels, it overrules `thickness`.
+
+        Raises:
+            InputError: fewer than 8 voxels on a side.
+        """
+        alignment = need(record, "alignment")
+        _, rows, columns = record.source.shape
+        pixel_size = record.source.pixel_size * binning
+        across = 45 < float(np.median(np.abs(np.asarray(alignment.axis) % 180))) < 135
+        n_x, n_y = (rows // binning, columns // binning) if across else (columns // binning, rows // binning)
+        if thickness is None:
+            known = alignment.thickness and THICKNESS_MARGIN * alignment.thickness
+            thickness = min(known or DEFAULT_THICKNESS, min(rows, columns) * record.source.pixel_size / 2)
+        n_z = 2 * math.ceil(thickness / pixel_size / 2)
+        shape, centre = (n_z, n_y, n_x), (0.0, 0.0, 0.0)
+        if region is not None:
+            low = [round(v / pixel_size) for v in region[0::2]]
+            high = [round(v / pixel_size) for v in region[1::2]]
+            sides = [b - a for a, b in zip(low, high, strict=True)]
+            shape = (sides[2], sides[1], sides[0])
+            middle = [(a + n // 2) * pixel_size for a, n in zip(low, sides, strict=True)]
+            centre = (middle[0], middle[1], middle[2])
+        if min(shape) < 8:
+            what = f"a tomogram of {shape[2]} x {shape[1]} x {shape[0]} voxels is too small"
+            raise InputError(what, record.name, "choose a smaller --bin or a larger --thickness or --region")
+        return Grid(shape, pixel_size, centre)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a volume is cut into tiles.
+
+    Attributes:
+        box: voxels of a tile's cube.
+        edges: per axis (z, y, x) the bounds of the tiles, from 0 to the axis's length.
+        overlap: voxels around an inner bound over which the tiles on both sides are blended.
+    """
+
+    box: int
+    edges: tuple[tuple[int, ...], ...]
+    overlap: int
+
+    @staticmethod
+    def of(shape: tuple[int, int, int], tilts: int, memory: float = math.inf) -> Tiling:
+        """The tiling that takes least time within `memory` bytes a tile."""
+        best: tuple[float, Tiling] | None = None
+        for box in fourier.GOOD_SIZES:
+            if box < SMALLEST_TILE or box > LARGEST_TILE or (best and BYTES_PER_VOXEL * box**3 > memory):
+                continue
+            overlap = max(LEAST_OVERLAP, box // 16)
+            whole = 2 * int(box * PAYLOAD)
+            counts = [1 if n <= whole else math.ceil(n / (whole - overlap)) for n in shape]
+            seconds = math.prod(counts) * (
+                SECONDS_PER_VOXEL * box**3 + SECONDS_PER_COEFFICIENT * tilts * math.pi / 8 * box**2
+            )
+            if best is None or seconds < best[0]:
+                cuts = [tuple(n * i // c for i in range(c + 1)) for n, c in zip(shape, counts, strict=True)]
+                best = seconds, Tiling(box, tuple(cuts), overlap)
+        assert best is not None
+        return best[1]
+
+    def __len__(self) -> int:
+        return math.prod(len(e) - 1 for e in self.edges)
+
+    @property
+    def keep(self) -> tuple[int, int, int]:
+        """Voxels of each axis that the largest tile fills, its share of the overlaps included."""
+        z, y, x = (max(b - a for a, b in pairwise(e)) + (len(e) > 2) * self.overlap for e in self.edges)
+        return z, y, x
+
+    def span(self, axis: int, i: int) -> tuple[int, int]:
+        """First and last-plus-one voxel of tile i along an axis, its share of the overlaps included."""
+        edges, half = self.edges[axis], self.overlap // 2
+        return edges[i] - half * (i > 0), edges[i + 1] + half * (i + 2 < len(edges))
+
+    def window(self, axis: int, i: int) -> Tensor:
+        """Blending weights of the voxels of `span`: squared cosines, which add up to one with the neighbour's."""
+        low, high = self.span(axis, i)
+        width = 2 * (self.overlap // 2)
+        ramp = torch.sin((torch.arange(width) + 0.5) * (math.pi / 2 / width)) ** 2
+        weights = torch.ones(high - low)
+        if i > 0:
+            weights[:width] *= ramp
+        if i + 2 < len(self.edges[axis]):
+            weights[-width:] *= ramp.flip(0)
+        return weights
+
+
+# ---------------------------------------------------------------------------------------------------------- the filter
+@numba.njit(cache=True, nogil=True, fastmath=True, error_model="numpy")
+def _density(normal, weights, shell, scale, out):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """out[y, x] = Σ_i weights[i, shell[y, x]] · max(0, 1 - |normal[i]·k|), with k = (x, signed y)·scale."""
+    rows, columns = out.shape
+    out[:] = 0
+    for i in range(len(normal)):
+        step = normal[i, 0] * scale[0]
+        for y in range(rows):
+            base = normal[i, 1] * scale[1] * (y if y < (rows + 1) // 2 else y - rows)
+            first, last = 0, columns  # beyond them, |base + step·x| >= 1
+            if step != 0:
+                a, b = (-1 - base) / step, (1 - base) / step
+                first = max(0, int(math.floor(max(min(a, b), -1.0))))
+                last = int(math.ceil(max(min(max(a, b), float(columns)), 0.0)))
+            elif abs(base) >= 1:
+                last = 0
+            for x in range(first, last):
+                near = 1 - abs(base + step * x)
+                if near > 0:
+                    out[y, x] += weights[i, shell[y, x]] * near
+
+
+SHELLS = 1024  # entries per cycle per pixel of the radial tables
+
+
+def _radial(values: Callable[[Tensor], Tensor]) -> Tensor:
+    """Tabulate a function of |k| (cycles per pixel) up to the corner of the Fourier square."""
+    return values(torch.arange(int(SHELLS * 0.75)) / SHELLS).float()
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """What the filter of the images is made from.
+
+    Attributes:
+        thickness: Å; slices nearer to each other than its inverse measure the same.
+        doses: (T,) e/Å² at the end of each exposure, for dose weighting; None for none.
+        voltage: kV.
+        lowpass: Å; None for the resolution of the voxels.
+    """
+
+    thickness: float
+    doses: Tensor | None = None
+    voltage: float = 300.0
+    lowpass: float | None = None
+
+
+def filters(
+    geometry: TiltGeometry, shape: tuple[int, int], pixel_size: float, weighting: Weighting
+) -> Iterator[Tensor]:
+    """The weights of every image's Fourier coefficients, one rfft layout (y, x//2+1) float32 after the other.
+
+    For tilt j at k: q_j / (Σ_i q_i² · max(0, 1 - D·|distance of the point from slice i|) + noise), with D the thickness
+    and q the exposure filter (1 without dose weighting).
+    """
+    count = len(geometry.matrices)
+    cut = min(0.5, math.inf if weighting.lowpass is None else pixel_size / weighting.lowpass)
+    edge = _radial(lambda k: cosine_edge(k, cut - NYQUIST_EDGE, NYQUIST_EDGE))
+    signal, noise = torch.ones(count, len(edge)), 0.0
+    if weighting.doses is not None:
+        doses = weighting.doses.reshape(-1, 1)
+        signal = _radial(lambda k: exposure_filter(k / pixel_size, doses, weighting.voltage))
+        noise = DAMAGE_NOISE
+    kx, ky = torch.arange(shape[1] // 2 + 1) / shape[1], torch.fft.fftfreq(shape[0])
+    shell = (torch.sqrt(ky[:, None] ** 2 + kx**2) * SHELLS).round().long()
+    density = np.empty((shape[0], shape[1] // 2 + 1), np.float32)
+    matrices = geometry.matrices * geometry.magnification[:, None, None]
+    for j in range(count):
+        # distances of the points of slice j from every slice, in units of the inverse thickness
+        normal = (matrices[:, 2] @ matrices[j, :2].T * weighting.thickness / pixel_size).numpy()
+        scale = (1 / shape[1], 1 / shape[0])
+        _density(normal, (signal**2).numpy(), shell.numpy(), scale, density)
+        yield (signal[j] * edge)[shell] / (torch.from_numpy(density) + noise)
+
+
+def binned_shape(shape: Sequence[int], binning: int) -> tuple[int, int]:
+    """Rows and columns of an image (rows, columns) binned by a whole number; an incomplete border is cut off."""
+    return shape[-2] // binning, shape[-1] // binning
+
+
+def bin_image(image: Tensor, binning: int) -> Tensor:
+    """Bin (..., y, x) images by cropping their Fourier transforms; the origin n//2 stays on the origin."""
+    rows, columns = binned_shape(image.shape, binning)
+    cropped = fourier.centre_crop(image, (rows * binning, columns * binning))
+    return fourier.resize(cropped, (rows, columns))
+
+
+def prepare_images(
+    load: Callable[[int], NDArray[Any]],
+    geometry: TiltGeometry,
+    binning: int,
+    pixel_size: float,
+    weighting: Weighting,
+    out: NDArray[Any],
+) -> Iterator[int]:
+    """Bin, normalise and filter the images, one after the other.
+
+    Args:
+        load: gives image j (rows, columns), of any real type, for j in 0 ... T-1.
+        geometry: of the same T images.
+        pixel_size: Å, after binning.
+        out: (T, *binned_shape) float32 or float16; filled with images of mean 0.
+
+    Yields:
+        The number of each image that is done.
+
+    Raises:
+        InputError: an image holds values that are not finite.
+    """
+    rows, columns = out.shape[1:]
+    padded = tuple(fourier.good_size(math.ceil(n * FILTER_PADDING)) for n in (rows, columns))
+    for j, gain in enumerate(filters(geometry, (padded[0], padded[1]), pixel_size, weighting)):
+        image = bin_image(torch.from_numpy(np.asarray(load(j), dtype=np.float32)), binning)
+        if not bool(torch.isfinite(image).all()):
+            raise InputError(f"image {j + 1} of the tilt series holds values that are not finite", None, "exclude it")
+        image = taper_edges(normalise(image), round(EDGE_TAPER * min(rows, columns)))
+        image = fourier.centre_pad(image - image.mean(), padded)
+        spectrum = torch.fft.rfftn(image) * gain
+        out[j] = fourier.centre_crop(torch.fft.irfftn(spectrum, s=padded), (rows, columns)).numpy()
+        yield j
+
+
+# ---------------------------------------------------------------------------------------------------------- the CTF
+@dataclass(frozen=True)
+class CtfCorrection:
+    """How, and by what, the images of a tile are corrected.
+
+    Attributes:
+        mode: phaseflip, multiply or wiener.
+        defocus_u, defocus_v: (T,) Å at the specimen's origin; angle, phase_shift: (T,) degrees.
+        handedness: sign of the height in the defocus (convention 13).
+    """
+
+    mode: str
+    defocus_u: Tensor
+    defocus_v: Tensor
+    angle: Tensor
+    phase_shift: Tensor
+    handedness: int
+    optics: Optics
+
+    @staticmethod
+    def of(record: TiltSeriesRecord, mode: str) -> CtfCorrection | None:
+        """The correction of all tilts of a record; None for mode none.
+
+        Raises:
+            InputError: there is no CTF yet.
+        """
+        if mode == "none":
+            return None
+        c, source = need(record, "ctf"), record.source
+        u, v, angle, phase = (torch.tensor(x) for x in (c.defocus_u, c.defocus_v, c.angle, c.phase_shift))
+        optics = Optics(source.voltage, source.cs, source.amplitude_contrast)
+        return CtfCorrection(mode, u, v, angle, phase, c.defocus_handedness, optics)
+
+    def select(self, tilts: Sequence[int]) -> CtfCorrection:
+        """These tilts only."""
+        index = torch.as_tensor(list(tilts), dtype=torch.long)
+        parts = {name: getattr(self, name)[index] for name in ("defocus_u", "defocus_v", "angle", "phase_shift")}
+        return replace(self, **parts)
+
+    def factors(self, heights: Tensor, band: Band, pixel_size: float) -> Tensor:
+        """(T, K) what the coefficients are multiplied by, at `heights` (T,) Å along the beam. The contrast is kept."""
+        kx, ky = (k.to(heights.device) for k in band.frequencies(pixel_size))
+        lift = self.handedness * heights
+
+        def column(x: Tensor) -> Tensor:
+            return x.to(heights.device).float()[:, None]
+
+        u, v = column(self.defocus_u.to(lift) + lift), column(self.defocus_v.to(lift) + lift)
+        c = ctf(kx, ky, u, v, column(self.angle), column(self.phase_shift), self.optics)
+        if self.mode == "phaseflip":
+            return torch.where(c < 0, -1.0, 1.0)
+        return c if self.mode == "multiply" else c / (c**2 + CTF_NOISE)
+
+
+# ---------------------------------------------------------------------------------------------------------- the tiles
+class _Worker:
+    """One tile after the other, in buffers of its own."""
+
+    def __init__(
+        self,
+        images: NDArray[Any],
+        geometry: TiltGeometry,
+        grid: Grid,
+        correction: CtfCorrection | None,
+        tiling: Tiling,
+        device: torch.device,
+    ) -> None:
+        self.images, self.geometry, self.grid, self.correction = images, geometry, grid, correction
+        self.tiling, self.device = tiling, device
+        self.band = Band.of(tiling.box, device=device)
+        self.columns = (self.band.ky % tiling.box) * (tiling.box // 2 + 1) + self.band.kx
+        self.project = Backprojection(tiling.box, tiling.keep, device)
+        self.patches = np.empty((len(images), tiling.box, tiling.box), np.float32)
+        self.matrices = geometry.matrices.to(device)
+        self.magnification = None if bool((geometry.magnification == 1).all()) else geometry.magnification.to(device)
+
+    def __call__(self, index: tuple[int, int, int]) -> Tensor:
+        """The tile's voxels (those of `Tiling.span`), times its blending window."""
+        spans = [self.tiling.span(axis, i) for axis, i in enumerate(index)]
+        # the voxel on which the cube is centred; what is kept of it may be wider than a tile at the border needs
+        middle = [low + (high - low) // 2 for low, high in spans]
+        world = [(m - n // 2) * self.grid.pixel_size for m, n in zip(middle, self.grid.shape, strict=True)]
+        point = torch.tensor(world[::-1], dtype=torch.float64) + torch.tensor(self.grid.centre, dtype=torch.float64)
+        positions, heights = self.geometry.project(point[None])
+        spectra = self._patches(positions[0] / self.grid.pixel_size)
+        values = spectra.reshape(len(spectra), -1)[:, self.columns]
+        if self.correction is not None:
+            values *= self.correction.factors(heights[0].to(self.device), self.band, self.grid.pixel_size)
+        volume = self.project(values, self.matrices, self.band, self.magnification).cpu()
+        for axis, (i, m, (low, high)) in enumerate(zip(index, middle, spans, strict=True)):
+            volume = volume.narrow(axis, self.tiling.keep[axis] // 2 - (m - low), high - low)
+            shape = [-1 if a == axis else 1 for a in range(3)]
+            volume = volume.mul_(self.tiling.window(axis, i).reshape(shape))
+        return volume
+
+    def _patches(self, positions: Tensor) -> Tensor:
+        """Spectra (T, n, n//2+1) of the patches around positions (T, 2) px from the image centre; zero beyond the image."""
+        n = self.tiling.box
+        rows, columns = self.images.shape[1:]
+        at = positions + torch.tensor([columns // 2, rows // 2], dtype=torch.float64)
+        whole = torch.round(at)
+        for j, (x, y) in enumerate((whole.long() - n // 2).tolist()):
+            x0, x1, y0, y1 = max(x, 0), min(x + n, columns), max(y, 0), min(y + n, rows)
+            patch = self.patches[j]
+            if x1 - x0 < n or y1 - y0 < n:
+                patch[:] = 0
+            if x1 > x0 and y1 > y0:
+                patch[y0 - y : y1 - y, x0 - x : x1 - x] = self.images[j, y0:y1, x0:x1]
+        spectra = torch.fft.rfftn(torch.from_numpy(self.patches).to(self.device), dim=(1, 2))
+        # the origin, at pixel n//2 and a fraction, goes to pixel 0: phases of one axis at a time
+        offset = (n // 2 + at - whole).to(self.device)
+        for axis, k in ((2, torch.arange(n // 2 + 1)), (1, torch.fft.fftfreq(n, 1 / n))):
+            angle = 2 * math.pi / n * k.to(self.device).double() * offset[:, 2 - axis, None]
+            phase = torch.polar(torch.ones_like(angle), angle).to(spectra.dtype)
+            spectra *= phase[:, None, :] if axis == 2 else phase[:, :, None]
+        return spectra
+
+
+def working_memory(grid: Grid, tilts: int, threads: int, memory: float = math.inf) -> float:
+    """Estimate of the bytes that `reconstruct` takes beside the images."""
+    tiling = Tiling.of(grid.shape, tilts, memory / (2 * threads))
+    slab = grid.shape[0] * (tiling.keep[1] + tiling.overlap) * grid.shape[2] * 8
+    return threads * (BYTES_PER_VOXEL * tiling.box**3 + 24 * tilts * tiling.box**2) + slab
+
+
+def reconstruct(
+    images: NDArray[Any],
+    geometry: TiltGeometry,
+    grid: Grid,
+    correction: CtfCorrection | None = None,
+    memory: float = math.inf,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Back-project filtered images into a volume, which comes as slabs of rows.
+
+    Works in as many threads as torch has; the result doesn't depend on their number.
+
+    Args:
+        images: (T, y, x) of `prepare_images`, at the grid's pixel size, origin at n//2.
+        geometry, correction: of the same T images.
+        memory: bytes to stay within, beside the images.
+
+    Yields:
+        (y0, slab): rows y0, y0 + 1, ... of the volume as (z, y, x) float32, in order and without gaps.
+    """
+    device = torch.device(device)
+    threads = 1 if device.type != "cpu" else torch.get_num_threads()
+    tiling = Tiling.of(grid.shape, len(images), memory / (2 * threads))
+    free = [_Worker(images, geometry, grid, correction, tiling, device) for _ in range(threads)]
+    counts = [len(e) - 1 for e in tiling.edges]
+
+    def work(index: tuple[int, int, int]) -> Tensor:
+        worker = free.pop()
+        try:
+            return worker(index)
+        finally:
+            free.append(worker)
+
+    depth, _, width = grid.shape
+    kept = torch.zeros((depth, 0, width))  # rows that the next tiles add to
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for row in range(counts[1]):
+            low, high = tiling.span(1, row)
+            slab = torch.zeros((depth, high - low, width))
+            slab[:, : kept.shape[1]] = kept
+            indices = [(z, row, x) for z in range(counts[0]) for x in range(counts[2])]
+            for index, tile in zip(indices, _in_order(pool, work, indices, threads + 1), strict=True):
+                (z0, z1), (x0, x1) = tiling.span(0, index[0]), tiling.span(2, index[2])
+                slab[z0:z1, :, x0:x1] += tile
+            done = high if row + 1 == counts[1] else tiling.span(1, row + 1)[0]
+            kept = slab[:, done - low :].clone()
+            yield low, slab[:, : done - low].numpy()
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[Any], Tensor], items: Sequence[Any], ahead: int
+) -> Iterator[Tensor]:
+    """Results in the order of the items, no more than `ahead` of them waiting."""
+    waiting: deque[Future[Tensor]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -1,0 +1,379 @@
+"""The subtilt series: what flows through the house. Geometry and CTF of tilt series as tensors, particles as arrays, and
+batches of band-limited images with the matrix, shift, CTF and weight of each, ready for the forward model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from libemc.numerics import ctf as ctf_model
+from libemc.numerics import dose as dose_model
+from libemc.numerics import slices
+from libemc.numerics.rotations import euler_from_matrix, matrix_from_euler, tilt_matrices
+from libemc.records import Alignment, Ctf, Particle, ParticleFile, ParticleTilts, TiltSeriesRecord
+
+Stack = Any
+"""Anything indexed like an array [image, y, x]: a memory map most of the time."""
+
+T = TypeVar("T")
+
+
+class Progress(Protocol):
+    """What shows the user how far a loop is: it passes the items on. The runner's `progress` is one."""
+
+    def __call__(self, iterable: Iterable[T], total: int | None = None, label: str = "") -> Iterator[T]:
+        """The items, unchanged."""
+
+
+def _column(values: Sequence[float] | None, count: int, default: float) -> Tensor:
+    return torch.full((count,), default, dtype=torch.float64) if values is None else torch.tensor(values).double()
+
+
+@dataclass(frozen=True)
+class TiltGeometry:
+    """Where a specimen point is seen in each tilt (conventions 5 to 7), float64.
+
+    Attributes:
+        matrices: (T, 3, 3) specimen to image frame.
+        shift: (T, 2) Å from the image centre.
+        magnification: (T,) scale about the image centre.
+        use: (T,) bool.
+    """
+
+    matrices: Tensor
+    shift: Tensor
+    magnification: Tensor
+    use: Tensor
+
+    @staticmethod
+    def of(alignment: Alignment, use: Sequence[bool]) -> TiltGeometry:
+        """From a record's alignment section and its list of used tilts."""
+        count = len(alignment.tilt)
+        angles = (torch.tensor(v).double() for v in (alignment.axis, alignment.tilt, alignment.xtilt))
+        shift = torch.tensor([alignment.shift_x, alignment.shift_y]).double().T
+        magnification = _column(alignment.magnification, count, 1.0)
+        return TiltGeometry(tilt_matrices(*angles), shift.contiguous(), magnification, torch.tensor(use))
+
+    def project(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Image positions (N, T, 2), Å from the image centre, and heights q_z (N, T), Å, of points (N, 3), Å."""
+        q = torch.einsum("tij,nj->nti", self.matrices, points.double())
+        return self.magnification[:, None] * (q[..., :2] + self.shift), q[..., 2]
+
+
+def particle_tilts(record: TiltSeriesRecord, alignment: Alignment, ctf: Ctf | None) -> ParticleTilts:
+    """What a particle file keeps of its tilt series: geometry, doses and astigmatism, one entry per tilt.
+
+    Without doses in the record they are zero, and no exposure filter is applied to the particles.
+    """
+    count = record.source.shape[0]
+    zeros = (0.0,) * count
+    u, v = (ctf.defocus_u, ctf.defocus_v) if ctf else (zeros, zeros)
+    return ParticleTilts(
+        axis=alignment.axis,
+        tilt=alignment.tilt,
+        xtilt=alignment.xtilt,
+        magnification=alignment.magnification or (1.0,) * count,
+        dose=record.tilts.dose or zeros,
+        dose_before=record.tilts.dose_before or zeros,
+        use=record.tilts.use,
+        astigmatism=tuple((a - b) / 2 for a, b in zip(u, v, strict=True)),
+        astigmatism_angle=ctf.angle if ctf else zeros,
+        phase_shift=ctf.phase_shift if ctf else zeros,
+    )
+
+
+@dataclass(frozen=True)
+class SeriesModel:
+    """The tilts of one particle file as tensors: everything but the particles.
+
+    Attributes:
+        matrices: (T, 3, 3); magnification, dose_end, astigmatism, astigmatism_angle, phase_shift: (T,) float64.
+        use: (T,) bool.
+        handedness: sign of q_z in the defocus (convention 13).
+        premultiplied: the stack's images are already multiplied by the CTF.
+    """
+
+    matrices: Tensor
+    magnification: Tensor
+    dose_end: Tensor
+    astigmatism: Tensor
+    astigmatism_angle: Tensor
+    phase_shift: Tensor
+    use: Tensor
+    optics: ctf_model.Optics
+    handedness: int
+    premultiplied: bool
+
+    @staticmethod
+    def of(file: ParticleFile) -> SeriesModel:
+        """From a particle file."""
+        t = file.tilts
+        column = {
+            name: torch.tensor(getattr(t, name)).double()
+            for name in ("axis", "tilt", "xtilt", "magnification", "astigmatism", "astigmatism_angle", "phase_shift")
+        }
+        angles = [column.pop(name) for name in ("axis", "tilt", "xtilt")]
+        return SeriesModel(
+            matrices=tilt_matrices(*angles),
+            dose_end=(torch.tensor(t.dose) + torch.tensor(t.dose_before)).double(),
+            use=torch.tensor(t.use),
+            optics=ctf_model.Optics(file.optics.voltage, file.optics.cs, file.optics.amplitude_contrast),
+            handedness=file.defocus_handedness,
+            premultiplied=file.ctf_premultiplied,
+            **column,
+        )
+
+
+def _lenses(particles: Sequence[Particle], series: SeriesModel) -> Tensor:
+    """(N, T, 3) of `Particles.lens`; a view of the tilts' own where no particle has any."""
+    names = ("astigmatism", "astigmatism_angle", "phase_shift")
+    shared = torch.stack([getattr(series, name) for name in names], dim=-1).expand(len(particles), -1, -1)
+    if all(getattr(p, name) is None for p in particles for name in names):
+        return shared
+    lenses = shared.clone()
+    for i, p in enumerate(particles):
+        for column, name in enumerate(names):
+            own = getattr(p, name)
+            if own is not None:
+                lenses[i, :, column] = torch.tensor(own)
+    return lenses
+
+
+@dataclass(frozen=True)
+class Particles:
+    """The particles of one tilt series as arrays, with their stack: (N, ...) float64 unless said otherwise.
+
+    Attributes:
+        file: the record they come from.
+        stack: array-like (N·T, box, box), white, image number particle·T + tilt.
+        rotation: (N, 3, 3) particle to specimen frame.
+        xyz, centre: (N, 3) Å; present position, and where the patches are centred.
+        defocus: (N, T) Å at `centre`, NaN where not known (no CTF is applied there).
+        lens: (N, T, 3) astigmatism (U-V)/2 in Å, its angle and the phase shift in degrees: the particle's, else its tilt's.
+        visible: (N, T) bool.
+        half: (N,) int64, 1 or 2; use: (N,) bool; score: (N,), NaN where none.
+    """
+
+    file: ParticleFile
+    series: SeriesModel
+    stack: Stack
+    rotation: Tensor
+    xyz: Tensor
+    centre: Tensor
+    defocus: Tensor
+    lens: Tensor
+    visible: Tensor
+    half: Tensor
+    use: Tensor
+    score: Tensor
+
+    @staticmethod
+    def of(file: ParticleFile, stack: Stack) -> Particles:
+        """From a particle file and its stack."""
+        ps, tilts, series = file.particles, len(file.tilts.tilt), SeriesModel.of(file)
+        nan = (float("nan"),) * tilts
+        return Particles(
+            file=file,
+            series=series,
+            stack=stack,
+            rotation=matrix_from_euler(*(torch.tensor([getattr(p, a) for p in ps]) for a in ("rot", "tilt", "psi"))),
+            xyz=torch.tensor([p.xyz for p in ps]).double().reshape(-1, 3),
+            centre=torch.tensor([p.centre for p in ps]).double().reshape(-1, 3),
+            defocus=torch.tensor([p.defocus or nan for p in ps]).double().reshape(-1, tilts),
+            lens=_lenses(ps, series),
+            visible=torch.tensor([p.visible for p in ps], dtype=torch.bool).reshape(-1, tilts),
+            half=torch.tensor([p.half for p in ps], dtype=torch.long),
+            use=torch.tensor([p.use for p in ps], dtype=torch.bool),
+            score=torch.tensor([float("nan") if p.score is None else p.score for p in ps]).double(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.rotation)
+
+    def moved(self, rotation: Tensor, xyz: Tensor, score: Tensor) -> Particles:
+        """The same particles at other poses."""
+        return replace(self, rotation=rotation, xyz=xyz, score=score)
+
+    def using(self, use: Tensor) -> Particles:
+        """The same particles, of which others (N,) bool are used."""
+        return replace(self, use=use)
+
+    def to_file(self) -> ParticleFile:
+        """The record, with the present poses and scores."""
+        angles = torch.stack(euler_from_matrix(self.rotation), dim=-1).tolist()
+        particles = [
+            p.model_copy(
+                update={
+                    "xyz": tuple(xyz),
+                    "rot": a[0],
+                    "tilt": a[1],
+                    "psi": a[2],
+                    "score": None if np.isnan(score) else score,
+                }
+            )
+            for p, xyz, a, score in zip(
+                self.file.particles, self.xyz.tolist(), angles, self.score.tolist(), strict=True
+            )
+        ]
+        return self.file.model_copy(update={"particles": tuple(particles)})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of some particles within a band, ready for the forward model. B images of P particles.
+
+    Attributes:
+        values: (B, K) complex64, white: the images' coefficients times CTF·dose (CTF already in, if premultiplied).
+        transfer: (B, K) float32, CTF·dose.
+        tilt_matrices: (B, 3, 3) T of each image.
+        shift: (B, 2) pixels: where the particle's present position is seen in its patch.
+        magnification: (B,).
+        owner: (B,) which particle of the batch; tilt: (B,) which tilt.
+        rotation: (P, 3, 3); index: (P,) place in the particle file.
+    """
+
+    values: Tensor
+    transfer: Tensor
+    tilt_matrices: Tensor
+    shift: Tensor
+    magnification: Tensor
+    owner: Tensor
+    tilt: Tensor
+    rotation: Tensor
+    index: Tensor
+    band: slices.Band
+
+    def matrices(self, rotation: Tensor | None = None) -> Tensor:
+        """(B, 3, 3) M = T·R of every image, at the batch's rotations or others (P, 3, 3)."""
+        r = self.rotation if rotation is None else rotation
+        return self.tilt_matrices @ r[self.owner]
+
+    def centred(self, shift: Tensor | None = None) -> Tensor:
+        """(B, K) values with the particle brought to the centre of its box; `shift` (B, 2) px in place of the batch's."""
+        s = self.shift if shift is None else shift
+        return self.values * slices.shift_phases(-s, self.band)
+
+
+def transfer_function(
+    series: SeriesModel, tilt: Tensor, defocus: Tensor, lens: Tensor, band: slices.Band, pixel_size: float
+) -> Tensor:
+    """CTF·dose of images: (B, K) float32.
+
+    Args:
+        tilt: (B,) which tilt each image is.
+        defocus: (B,) Å, mean of U and V; NaN: no CTF (1).
+        lens: (B, 3) astigmatism, its angle and phase shift, as `Particles.lens`.
+    """
+    kx, ky = band.frequencies(pixel_size)
+    at = lens.float()[..., None].unbind(1)
+    known = torch.isfinite(defocus)
+    z = torch.where(known, defocus, torch.zeros_like(defocus))[:, None].float()
+    c = ctf_model.ctf(kx, ky, z + at[0], z - at[0], at[1], at[2], series.optics)
+    c = torch.where(known[:, None], c, torch.ones((), dtype=c.dtype))
+    k = (kx**2 + ky**2).sqrt()
+    filters = dose_model.exposure_filter(k, series.dose_end[:, None].float(), series.optics.voltage)
+    return c * filters[tilt]
+
+
+def _read_images(particles: Particles, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Used, visible images of particles (P,): (B, box, box) float32, and which particle (B,) and tilt (B,) each is."""
+    owner, tilt = torch.nonzero(particles.visible[index] & particles.series.use, as_tuple=True)
+    number = index[owner] * len(particles.series.use) + tilt
+    return torch.from_numpy(np.asarray(particles.stack[number.numpy()], dtype=np.float32)), owner, tilt
+
+
+def load_batch(particles: Particles, index: Tensor, band: slices.Band, inverse_noise: Tensor | None = None) -> Batch:
+    """Read the used, visible images of some particles from the stack.
+
+    Args:
+        index: (P,) places in the particle file.
+        band: of the particles' box.
+        inverse_noise: (K,) 1/noise power in the band, whitening; None: the noise is white already.
+    """
+    series, file = particles.series, particles.file
+    images, owner, tilt = _read_images(particles, index)
+    moved = (particles.xyz - particles.centre)[index][owner]
+    q = torch.einsum("bij,bj->bi", series.matrices[tilt], moved)
+    defocus = particles.defocus[index][owner, tilt] + series.handedness * q[:, 2]
+    transfer = transfer_function(series, tilt, defocus, particles.lens[index][owner, tilt], band, file.pixel_size)
+    values = slices.spectra_of_images(images, band)
+    if series.premultiplied:
+        kx, ky = band.frequencies(file.pixel_size)
+        k = (kx**2 + ky**2).sqrt()
+        filters = dose_model.exposure_filter(k, series.dose_end[tilt][:, None].float(), series.optics.voltage)
+        values = values * filters
+    else:
+        values = values * transfer
+    if inverse_noise is not None:
+        values = values * inverse_noise
+        transfer = transfer * inverse_noise.sqrt()
+    magnification = series.magnification[tilt]
+    shift = q[:, :2] * magnification[:, None] / file.pixel_size
+    return Batch(
+        values,
+        transfer,
+        series.matrices[tilt],
+        shift,
+        magnification,
+        owner,
+        tilt,
+        particles.rotation[index],
+        index,
+        band,
+    )
+
+
+def chunks(index: Tensor, size: int) -> Iterator[Tensor]:
+    """Pieces of a list of particles, so that memory is bounded by the chunk and not by the set."""
+    for start in range(0, len(index), max(1, size)):
+        yield index[start : start + max(1, size)]
+
+
+def chunk_size(particles: Particles, band: slices.Band, memory: int) -> int:
+    """How many particles' images fit into `memory` bytes while they are aligned and inserted.
+
+    Some 120 bytes per coefficient are live at the worst moment (values, transfer, slices with three slopes, Jacobian of
+    six columns), and 8 per pixel of the images on the way in.
+    """
+    tilts = max(1, int(particles.series.use.sum()))
+    per_particle = tilts * (120 * len(band.kx) + 12 * band.box**2)
+    return max(1, min(512, int(memory // max(1, per_particle))))
+
+
+def noise_spectrum(particles: Particles, band: slices.Band, most: int = 64) -> Tensor:
+    """Mean power of the particles' images on rings of one Fourier pixel, read at the coefficients of a band: (K,) float64.
+
+    The signal of one particle in one tilt is far below the noise, so this is the noise for weighting's sake. For
+    premultiplied images the CTF² they carry is divided out of the ring's mean.
+
+    Args:
+        most: how many particles, spread over the file, are looked at.
+    """
+    use = torch.nonzero(particles.use)[:, 0]
+    some = use[torch.linspace(0, len(use) - 1, min(most, len(use))).round().long()] if len(use) else use
+    rings = band.radii.round().long()
+    power = torch.zeros(int(rings.max()) + 1, dtype=torch.float64)
+    norm = torch.zeros_like(power)
+    undamaged = replace(particles.series, dose_end=torch.zeros_like(particles.series.dose_end))
+    for piece in chunks(some, 16):
+        images, owner, tilt = _read_images(particles, piece)
+        if not len(images):
+            continue
+        power.index_add_(0, rings, (slices.spectra_of_images(images, band).abs() ** 2).double().sum(0))
+        weight = torch.ones(images.shape[0], len(rings), dtype=torch.float64)
+        if particles.series.premultiplied:
+            defocus = particles.defocus[piece][owner, tilt]
+            lens = particles.lens[piece][owner, tilt]
+            weight = transfer_function(undamaged, tilt, defocus, lens, band, particles.file.pixel_size).double() ** 2
+        norm.index_add_(0, rings, weight.sum(0))
+    if not norm.any():
+        return torch.ones(len(rings), dtype=torch.float64)
+    spectrum = power / norm.clamp_min(1e-12)
+    spectrum[0] = spectrum[1] if len(spectrum) > 1 else spectrum[0]
+    return spectrum[rings].clamp_min(float(spectrum.max()) * 1e-6)

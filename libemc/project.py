@@ -1,0 +1,187 @@
+"""Where files become what methods work on, and results become files: shared by the programs, and the only file that sees
+io, records and methods together. No mathematics, no options.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from libemc import records
+from libemc.errors import InputError
+from libemc.io import mrc
+from libemc.io.files import read_json, write_text
+from libemc.methods.average import GOLD_STANDARD, Average, HalfMaps
+from libemc.methods.refine import Done, Step, filtered_references
+from libemc.methods.subtilts import Particles
+from libemc.numerics import fourier
+from libemc.numerics.fsc import resolution_at
+from libemc.view import plots
+
+PIXEL_SIZE_TOLERANCE = 1e-3
+"""Relative difference below which two pixel sizes are the same: headers keep six digits of a cell's length."""
+
+
+def open_particles(
+    set_or_run: str | Path, project: Path = Path(), class_number: int | None = None
+) -> tuple[records.ParticleSet, list[Particles]]:
+    """A particle set or a run's particles with their stacks open (memory-mapped).
+
+    Args:
+        class_number: only the particles of this class are used; None: all that are used now.
+
+    Raises:
+        InputError: there is no such set, it holds no used particles, or a stack is missing or does not fit it.
+    """
+    head, files = records.load_particles(set_or_run, project)
+    series = []
+    for file in files.values():
+        if file.stack is None:
+            raise InputError("the particles have no stack", head.files[file.name], "cut them out with emc_extract")
+        stack = mrc.open_stack(project / file.stack)
+        want = (len(file.particles) * len(file.tilts.tilt), file.box, file.box)
+        if stack.shape != want:
+            raise InputError(
+                f"holds {stack.shape} images, its particles ask for {want}", file.stack, "extract them again"
+            )
+        particles = Particles.of(file, stack.array)
+        if class_number is not None:
+            chosen = torch.tensor([p.class_ == class_number for p in file.particles], dtype=torch.bool)
+            particles = particles.using(particles.use & chosen)
+        series.append(particles)
+    if not any(bool(p.use.any()) for p in series):
+        raise InputError("no particles to use", head.set, "check the class, and which particles have use = true")
+    return head, series
+
+
+def read_map(path: str | Path, box: int, pixel_size: float) -> Tensor:
+    """A cubic map brought to a box and sampling: (n, n, n) float32, the origin n//2 kept on the origin."""
+    data, own = mrc.read_volume(path)
+    if len(set(data.shape)) != 1:
+        raise InputError(f"is not a cube but {data.shape}", path, "cut it with emc_volume --box")
+    density = torch.from_numpy(data)
+    if abs(own / pixel_size - 1) > PIXEL_SIZE_TOLERANCE:
+        size = round(data.shape[0] * own / pixel_size / 2) * 2
+        found = data.shape[0] * own / size
+        if abs(found / pixel_size - 1) > 0.5 / size:
+            raise InputError(f"has {own:g} Å/px, the particles {pixel_size:g}", path, "rescale it with emc_volume")
+        density = fourier.resize(density, (size,) * 3)
+    return fourier.centre_fit(density, (box,) * 3)
+
+
+def read_mask(path: str | Path, box: int, pixel_size: float) -> Tensor:
+    """A mask on exactly the grid of the maps: (n, n, n) float32 in 0 ... 1."""
+    data, own = mrc.read_volume(path)
+    if data.shape != (box,) * 3 or abs(own / pixel_size - 1) > PIXEL_SIZE_TOLERANCE:
+        raise InputError(
+            f"has shape {data.shape} at {own:g} Å, the maps {box} at {pixel_size:g} Å", path, "make it with emc_mask"
+        )
+    if data.min() < -1e-3 or data.max() > 1 + 1e-3 or data.max() <= 0:
+        raise InputError(f"has values from {data.min():g} to {data.max():g}, a mask from 0 to 1", path, "see emc_mask")
+    return torch.from_numpy(data)
+
+
+def fsc_content(average: Average, pixel_size: float) -> dict[str, Any]:
+    """What `fsc.json` holds: frequencies in 1/Å, the four curves, and where they cross the thresholds, Å."""
+    names = ("unmasked", "masked", "randomised", "corrected")
+    curves = dict(zip(names, average.fsc, strict=True))
+    return {
+        "pixel_size": pixel_size,
+        "frequency": [float(f) / pixel_size for f in average.fsc.unmasked.frequency],
+        **{name: [float(v) for v in curve.values] for name, curve in curves.items()},
+        "resolution": {
+            name: {f"{t:g}": resolution_at(curve, t, pixel_size) for t in (GOLD_STANDARD, 0.5)}
+            for name, curve in curves.items()
+            if name != "randomised"
+        },
+    }
+
+
+def write_average(
+    outputs: Mapping[str, Path], maps: HalfMaps, average: Average, mask: Tensor, pixel_size: float
+) -> None:
+    """average.mrc, half1.mrc, half2.mrc, mask.mrc, fsc.json, fsc.png and average.png of a run, each whole or not at all.
+
+    Args:
+        outputs: their checked paths by file name.
+    """
+    volumes = {"half1.mrc": maps.half1, "half2.mrc": maps.half2, "mask.mrc": mask, "average.mrc": average.average}
+    for name, volume in volumes.items():
+        mrc.write_volume(outputs[name], volume.float().numpy(), pixel_size)
+    content = fsc_content(average, pixel_size)
+    write_text(outputs["fsc.json"], json.dumps(content, indent=1))
+    curves = {name: content[name] for name in ("unmasked", "masked", "corrected")}
+    plots.fsc_plot(
+        outputs["fsc.png"], content["frequency"], curves, {"0.143": GOLD_STANDARD, "0.5": 0.5}, average.resolution
+    )
+    plots.central_slices_plot(outputs["average.png"], average.average.numpy(), pixel_size)
+
+
+
+AVERAGE_FILES = ("average.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "fsc.json", "fsc.png", "average.png")
+"""What `write_average` writes into a run's folder."""
+
+
+def save_run(
+    path: Path,
+    program: str,
+    options: Mapping[str, Any],
+    seed: int,
+    state: Mapping[str, Any],
+    stopped_at: str | None = None,
+) -> None:
+    """Write a run's record, or bring the one that is there up to date (its history stays)."""
+    if path.exists():
+        records.update(
+            path,
+            lambda old: old.model_copy(
+                update={"options": dict(options), "state": dict(state), "seed": seed, "stopped_at": stopped_at}
+            ),
+            records.Run,
+        )
+        return
+    run = records.Run(program=program, options=dict(options), seed=seed, state=dict(state), stopped_at=stopped_at)
+    records.save_new(path, run)
+
+
+def resume_refinement(
+    folder: Path, options: Mapping[str, Any], series: list[Particles]
+) -> tuple[list[Done], list[Particles]]:
+    """The iterations that a refinement has done, and its particles after the last of them; nothing where none is done.
+
+    Raises:
+        InputError: the run was begun with other options.
+    """
+    path = folder / "run.json"
+    if not path.exists():
+        return [], series
+    record = records.load(path, records.Run)
+    for name, value in options.items():
+        if record.options.get(name) != value:
+            raise InputError(
+                f"was begun with {name} = {record.options.get(name)!r}, not {value!r}", path, "give the same options"
+            )
+    past = [
+        Done(Step(i["band"], i["exhaustive"]), i["resolution"], i["reach"], i["turned"], i["moved"])
+        for i in record.state.get("iterations", [])
+    ]
+    return past, open_particles(folder)[1] if past else series
+
+
+def read_references(folder: Path, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The references that a run's half maps make."""
+    half1, half2 = (torch.from_numpy(mrc.read_volume(folder / f"half{h}.mrc")[0]) for h in (1, 2))
+    fsc = torch.tensor(read_json(folder / "fsc.json")["corrected"]).double()
+    return filtered_references(half1, half2, mask, fsc)
+
+
+def save_run_particles(folder: Path, head: records.ParticleSet, series: Sequence[Particles], parent: str) -> None:
+    """The particles of a run at their present poses, in `<run>/particles/`."""
+    files = {p.file.name: p.to_file().model_copy(update={"parent": parent, "history": ()}) for p in series}
+    own = head.model_copy(update={"parent": parent, "history": ()})
+    records.save_particles(folder / "particles", own, files)

@@ -1,0 +1,410 @@
+"""The four kinds of record as typed, frozen models: a tilt series, its particles, a particle set, a run.
+
+What a record may hold is said here and nowhere else: the JSON Schemas in `info/` are generated from these classes
+(their descriptions are the strings beneath the fields), and every file is checked against them when it is read and
+when it is written. Add a field with a default; renaming or removing one needs a step in `migration.py` and a new
+`schema` integer. Lengths and defocus are in Å, angles in degrees, dose in e/Å², voltage in kV, Cs in mm. A per-tilt
+list has one entry for every image of the stack, excluded ones too, in the order of the stack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+
+def _finite(value: Any) -> Any:
+    """A free-form value unchanged, or an error where a number in it is NaN or infinite (JSON has neither)."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise PydanticCustomError("finite_number", "is NaN or infinite")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+        _finite(item)
+    return value
+
+
+def _check_lengths(values: Iterable[tuple[str, Any]], count: int, what: str, remedy: str) -> None:
+    """Raise where one of the named lists has not `count` entries; whatever is not a list is passed over."""
+    for name, value in values:
+        if isinstance(value, tuple) and len(value) != count:
+            message = f"{name} has {len(value)} entries, but there are {count} {what}"
+            raise PydanticCustomError("length", message, {"remedy": remedy})
+
+
+Free = Annotated[dict[str, Any], AfterValidator(_finite)]
+Vector = tuple[float, float, float]
+Numbers = tuple[float, ...]
+Scores = tuple[float | None, ...]
+Shape = tuple[PositiveInt, PositiveInt, PositiveInt]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """What all models share: frozen, no unknown keys, no NaN, and a trailing underscore for Python's own words."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        defer_build=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        populate_by_name=True,
+        alias_generator=lambda name: name.removesuffix("_"),
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class HistoryEntry(Section):
+    """One run of one program: what was asked, on what, where, how long it took and how it ended."""
+
+    id: Name
+    """Unique to this run of the program; writing the entry again replaces it."""
+    program: str
+    version: str
+    commit: str | None = None
+    """Commit of the source tree, where it ran from one."""
+    argv: tuple[str, ...]
+    start: str
+    """ISO 8601 with time zone."""
+    wall_seconds: float | None = None
+    cpu_seconds: float | None = None
+    peak_memory: int | None = None
+    """Bytes."""
+    host: str | None = None
+    device: str | None = None
+    seed: int | None = None
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    state: Literal["running", "done", "failed", "interrupted"] = "running"
+    """`running` in an old file: the program was killed."""
+
+
+class Record(Section):
+    """A file of its own: a kind, the integer of its format, and the history of what changed it."""
+
+    left_out_when_empty: ClassVar[frozenset[str]] = frozenset()
+
+    kind: str
+    schema_: int = 1
+    if TYPE_CHECKING:  # each kind declares it where it belongs in the order of its keys
+        history: tuple[HistoryEntry, ...] = ()
+
+
+class Source(Section):
+    """The raw stack, and the microscope."""
+
+    stack: Name
+    """Path from the project directory."""
+    shape: Shape
+    """Tilts, rows, columns."""
+    pixel_size: PositiveFloat
+    voltage: PositiveFloat
+    cs: float
+    amplitude_contrast: float
+    tilt_axis: float | None = None
+    """Nominal angle from +y to the tilt axis, counter-clockwise; null when not known."""
+    contrast: Literal["dark", "bright"] = "dark"
+    """Whether the specimen is darker or brighter than its surroundings in the raw images."""
+    origin: str | None = None
+    """The file that the stack was imported from."""
+
+
+class Tilts(Section):
+    """What the microscope recorded for each image, and which images are used."""
+
+    nominal: Numbers
+    """Stage tilt, per tilt."""
+    order: tuple[int, ...] | None = None
+    """Place in the order of exposure, from 0, per tilt."""
+    dose: Numbers | None = None
+    """Of that exposure, per tilt."""
+    dose_before: Numbers | None = None
+    """What the specimen had received before that exposure, per tilt."""
+    use: tuple[bool, ...]
+    reason: tuple[str | None, ...] | None = None
+    """Why a tilt is not used, per tilt."""
+
+
+class Alignment(Section):
+    """The tilt geometry: q = Rz(axis) Ry(tilt) Rx(xtilt) r, image position magnification (q_xy + shift)."""
+
+    axis: Numbers
+    tilt: Numbers
+    xtilt: Numbers
+    shift_x: Numbers
+    """Å from the image centre (pixel n//2), per tilt."""
+    shift_y: Numbers
+    magnification: Numbers | None = None
+    """Scale about the image centre, per tilt; null means 1."""
+    residual: Scores | None = None
+    """Root mean square distance of the landmarks from their predictions, per tilt."""
+    thickness: float | None = None
+    landmarks: Free | None = None
+    deformation: Free | None = None
+    """Smooth local motion added to the image position; null means none."""
+    loss: Scores | None = None
+    """The alignment's objective, in the program's own steps."""
+
+
+class Ctf(Section):
+    """Defocus (underfocus positive, U ≥ V, angle from +x to U counter-clockwise) and phase shift of each tilt."""
+
+    defocus_u: Numbers
+    defocus_v: Numbers
+    angle: Numbers
+    phase_shift: Numbers
+    score: Scores | None = None
+    resolution: Scores | None = None
+    """To which the fitted rings are seen, per tilt."""
+    defocus_handedness: Literal[-1, 1] = -1
+    """The sign of q_z in a point's defocus."""
+    handedness_score: float | None = None
+
+
+class Tomogram(Section):
+    """A reconstruction."""
+
+    file: Name
+    """Path from the project directory."""
+    pixel_size: PositiveFloat
+    shape: Shape
+    """z, y, x in voxels."""
+    corrections: tuple[str, ...] = ()
+    half: Literal[1, 2] | None = None
+    """Which half of the data; null means all of it."""
+    centre: Vector = (0.0, 0.0, 0.0)
+    """Where the volume's centre lies in the tomogram."""
+
+
+class Picks(Section):
+    """Points, with or without an orientation, of one label."""
+
+    xyz: tuple[Vector, ...]
+    """From the tomogram's centre."""
+    rot: Numbers | None = None
+    tilt: Numbers | None = None
+    psi: Numbers | None = None
+    score: Scores | None = None
+    source: str | None = None
+    """The program or the file that they come from."""
+    parameters: Free | None = None
+    """What the program says about the list as a whole, its threshold for example."""
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Picks:
+        _check_lengths(self, len(self.xyz), "points (xyz)", "write one entry for each point")
+        return self
+
+
+class TiltSeriesRecord(Record):
+    """`info/<name>_info.json`: one tilt series, a section for each concern. A missing section is not done yet."""
+
+    left_out_when_empty = frozenset({"alignment", "ctf", "tomograms", "picks"})
+
+    kind: Literal["tiltseries"] = "tiltseries"
+    schema_: Literal[1] = 1
+    name: Name
+    source: Source
+    tilts: Tilts
+    alignment: Alignment | None = None
+    ctf: Ctf | None = None
+    tomograms: tuple[Tomogram, ...] = ()
+    picks: dict[str, Picks] = {}
+    """Lists of points by label."""
+    history: tuple[HistoryEntry, ...] = ()
+
+    @model_validator(mode="after")
+    def _lengths(self) -> TiltSeriesRecord:
+        count = self.source.shape[0]
+        for name, section in (("tilts", self.tilts), ("alignment", self.alignment), ("ctf", self.ctf)):
+            lists = ((f"{name}.{key}", value) for key, value in section or () if key != "loss")
+            _check_lengths(lists, count, "images in source.shape", "write one entry for each image of the stack")
+        return self
+
+
+class Optics(Section):
+    """The microscope, as the CTF needs it."""
+
+    voltage: PositiveFloat
+    cs: float
+    amplitude_contrast: float
+
+
+class ParticleTilts(Section):
+    """The tilt geometry and the CTF of each tilt as they were when the particles were last written."""
+
+    axis: Numbers
+    tilt: Numbers
+    xtilt: Numbers
+    magnification: Numbers
+    dose: Numbers
+    dose_before: Numbers
+    use: tuple[bool, ...]
+    astigmatism: Numbers
+    """(U-V)/2, per tilt."""
+    astigmatism_angle: Numbers
+    phase_shift: Numbers
+
+
+class Subtilt(Section):
+    """One particle's corrections tilt by tilt."""
+
+    dx: Numbers
+    dy: Numbers
+    drot: Numbers
+    dtilt: Numbers
+    dpsi: Numbers
+    ddefocus: Numbers
+    weight: Numbers
+    score: Scores
+
+
+PER_TILT = ("defocus", "astigmatism", "astigmatism_angle", "phase_shift", "visible")
+"""A particle's own lists with one entry per tilt."""
+OPTIONAL = ("astigmatism", "astigmatism_angle", "phase_shift", "subtilt")
+"""What a particle's line leaves out while it is null."""
+
+
+class Particle(Section):
+    """One particle: where it is, how it is turned, which half set it is in."""
+
+    id: Name
+    """For life: tilt series, a dot, a number."""
+    xyz: Vector
+    """From the tomogram's centre."""
+    centre: Vector
+    """Where the stack's patches are centred: xyz at extraction."""
+    rot: float
+    tilt: float
+    psi: float
+    half: Literal[1, 2]
+    """By id; never changes."""
+    class_: int = 0
+    score: float | None = None
+    use: bool = True
+    reason: str | None = None
+    """Why it is not used."""
+    parent: str | None = None
+    """The id in the parent set, where it is another."""
+    defocus: Numbers | None = None
+    """(U+V)/2 at `centre`, per tilt; null when not known."""
+    astigmatism: Numbers | None = None
+    """(U-V)/2, per tilt; absent: the tilt's, as for the two that follow."""
+    astigmatism_angle: Numbers | None = None
+    phase_shift: Numbers | None = None
+    visible: tuple[Annotated[int, Field(ge=0, le=1)], ...]
+    """1 where the tilt shows it, per tilt."""
+    subtilt: Subtilt | None = None
+    """Absent until refined."""
+
+
+class ParticleFile(Record):
+    """`particles/<set>/<name>.json`: the particles of one tilt series, one to a line, and what they all share."""
+
+    kind: Literal["particles"] = "particles"
+    schema_: Literal[1] = 1
+    set: Name
+    name: Name
+    """The tilt series."""
+    box: PositiveInt
+    """Pixels."""
+    pixel_size: PositiveFloat
+    symmetry: str = "c1"
+    stack: str | None = None
+    """Path from the project directory of the extracted patches."""
+    stack_order: Literal["particle*tilts+tilt"] = "particle*tilts+tilt"
+    """Image number of a particle (place in this file, from 0) and a tilt."""
+    ctf_premultiplied: bool = False
+    contrast: Literal["white"] = "white"
+    parent: str | None = None
+    """The set or run that these come from."""
+    label: str | None = None
+    """The picks' label."""
+    optics: Optics
+    tilts: ParticleTilts
+    defocus_handedness: Literal[-1, 1] = -1
+    history: tuple[HistoryEntry, ...] = ()
+    particles: tuple[Particle, ...]
+
+    @model_validator(mode="after")
+    def _lengths(self) -> ParticleFile:
+        count, remedy = len(self.tilts.tilt), "write one entry for each tilt"
+        _check_lengths(((f"tilts.{key}", value) for key, value in self.tilts), count, "tilts", remedy)
+        ids: set[str] = set()
+        for index, particle in enumerate(self.particles):
+            own = ((key, getattr(particle, key)) for key in PER_TILT)
+            refined = ((f"subtilt.{key}", value) for key, value in particle.subtilt or ())
+            for key, value in (*own, *refined):
+                if value is not None and len(value) != count:
+                    _check_lengths([(f"particles[{index}].{key}", value)], count, "tilts", remedy)
+            if particle.id in ids:
+                context = {"remedy": "give every particle an id of its own"}
+                raise PydanticCustomError("duplicate", f"particles[{index}].id repeats {particle.id!r}", context)
+            ids.add(particle.id)
+        return self
+
+
+class ParticleSet(Record):
+    """`particles/<set>/particles.json`: what the set is, and the particle file of each tilt series in it."""
+
+    kind: Literal["set"] = "set"
+    schema_: Literal[1] = 1
+    set: Name
+    label: str | None = None
+    box: PositiveInt
+    pixel_size: PositiveFloat
+    symmetry: str = "c1"
+    files: dict[str, str] = {}
+    """Tilt series to the path, from the project directory, of its particle file."""
+    count: NonNegativeInt = 0
+    parent: str | None = None
+    history: tuple[HistoryEntry, ...] = ()
+
+
+class Fingerprint(Section):
+    """An input as it was when a run began."""
+
+    path: str
+    size: int
+    """Bytes."""
+    mtime: float
+    """Seconds since 1970."""
+    digest: str | None = None
+    """SHA-256 of small files."""
+
+
+class Run(Record):
+    """`<run>/run.json`: everything that a run was given, how far it is, and what it needs to go on."""
+
+    kind: Literal["run"] = "run"
+    schema_: Literal[1] = 1
+    program: str
+    options: Free
+    inputs: tuple[Fingerprint, ...] = ()
+    seed: int | None = None
+    state: Free = {}
+    """The program's own: its iterations with their figures."""
+    stopped_at: str | None = None
+    """The step that `--resume` begins with; null when the run is complete."""
+    history: tuple[HistoryEntry, ...] = ()
+
+
+KINDS: dict[str, type[Record]] = {
+    "tiltseries": TiltSeriesRecord,
+    "particles": ParticleFile,
+    "set": ParticleSet,
+    "run": Run,
+}

@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""Average a particle set at its present poses: half maps, their FSC, and the Wiener-filtered map of both.
+
+Writes average.mrc, half1.mrc, half2.mrc (unfiltered), mask.mrc, fsc.json and pictures into a numbered folder.
+
+    emc_average ribo                         # avg_00/average.mrc
+    emc_average spt_00 --symmetry c7         # the particles of a refinement, symmetrised
+    emc_average ribo --mask mask.mrc --class 1 --path avg_class1
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from libemc import project, records
+from libemc.cli import Program, Run, options
+from libemc.methods import average
+from libemc.numerics.masks import soft_sphere
+from libemc.numerics.symmetry import symmetry_matrices
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The program's own options."""
+    options.set_or_run(parser)
+    options.class_number(parser)
+    options.symmetry(parser, default=None)
+    options.mask(parser)
+    options.path(parser)
+
+
+def main(args: argparse.Namespace, run: Run) -> None:
+    """Check, insert all images, write the maps."""
+    run.particles(args.set_or_run)
+    head, series = project.open_particles(args.set_or_run, class_number=args.class_number)
+    symmetry = args.symmetry or head.symmetry
+    symmetry_matrices(symmetry)
+    mask = (
+        project.read_mask(run.input(args.mask), head.box, head.pixel_size)
+        if args.mask
+        else soft_sphere(head.box, average.DEFAULT_MASK * head.box / 2, average.MASK_EDGE)
+    )
+    count = sum(int(p.use.sum()) for p in series)
+    if run.plan(f"average {count} particles in a box of {head.box}", disk=5 * 4 * head.box**3):
+        return
+    folder = args.path or records.next_run_directory("avg")
+    outputs = {name: run.output(Path(folder) / name) for name in project.AVERAGE_FILES}
+    maps = average.half_maps(series, run.memory, symmetry, progress=run.progress)
+    done = average.finish(maps, mask, head.pixel_size, run.seed)
+    project.write_average(outputs, maps, done, mask, head.pixel_size)
+    project.save_run(
+        Path(folder) / "run.json",
+        run.name,
+        {"set_or_run": args.set_or_run, "symmetry": symmetry, "class": args.class_number},
+        run.seed,
+        {"particles": count, "images": list(maps.images), "resolution": done.resolution},
+    )
+    run.result(f"{folder}: {count} particles, {sum(maps.images)} images, {done.resolution:.2f} Å at FSC 0.143")
+
+
+program = Program(
+    doc=__doc__,
+    name="emc_average",
+    arguments=arguments,
+    main=main,
+    standard=("threads", "memory", "overwrite", "seed", "verbose", "quiet", "dry-run"),
+)
+entry = program.entry
+
+if __name__ == "__main__":
+    entry()

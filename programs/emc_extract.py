@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""Cut the subtilt series of picked particles out of the raw tilt images: a particle set.
+
+For each particle the patch around its projection is cut from every used tilt that sees it, centred by a phase shift,
+binned by Fourier cropping, turned white and scaled to unit noise. The set's particle files keep the pose of each pick
+and its own defocus in every tilt.
+
+    emc_extract TS_01 --label ribo --set ribo --box 64 --bin 2     # 64 pixels after binning twice
+    emc_extract --all --label ribo --set ribo --box 128            # every tilt series that has such picks
+    emc_extract TS_01 --label ribo --set ribo --box 64 --subtomograms
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from libemc import records
+from libemc.cli import Program, Run, options
+from libemc.errors import InputError
+from libemc.io import mrc
+from libemc.methods import extract
+from libemc.methods.average import subtomogram
+from libemc.methods.subtilts import Particles, TiltGeometry
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The program's own options."""
+    options.tiltseries_names(parser)
+    options.label(parser, required=True)
+    options.set_name(parser, required=True)
+    options.box(parser, required=True)
+    options.binning(parser, default=1)
+    options.symmetry(parser)
+    options.subtomograms(parser)
+
+
+def main(args: argparse.Namespace, run: Run) -> None:
+    """Check every tilt series, then cut them one after the other, the set's own record last."""
+    folder = Path("particles") / args.set_name
+    series = [records.load_tiltseries(path) for path in run.tiltseries(args)]
+    if args.all:
+        series = [s for s in series if args.label in s.picks]
+    if not series:
+        raise InputError(f"no tilt series has picks labelled {args.label!r}", "info", "run emc_tempmatch or emc_import")
+    pixel_size = common_pixel_size(series) * args.binning
+    sources = [checked(record, args, run) for record in series]
+    head = run.output(folder / "particles.json")
+    images = sum(len(records.need_picks(r, args.label).xyz) * r.source.shape[0] for r in series)
+    if run.plan(f"cut {images} images of {args.box}² from {len(series)} tilt series", disk=images * args.box**2 * 2):
+        return
+    files: dict[str, records.ParticleFile] = {}
+    for record, (stack, patches) in zip(series, sources, strict=True):
+        file = extract.particle_file(record, args.label, args.set_name, args.box, pixel_size, args.symmetry, patches)
+        kept = [i for i, seen in enumerate(patches.visible.any(dim=1).tolist()) if seen]
+        if not kept:
+            raise InputError("no tilt sees any particle", record.name, "check the picks and the alignment")
+        target = run.output(folder / f"{record.name}.mrcs")
+        with mrc.StackWriter(target, pixel_size, "float16") as writer:
+            for block in extract.extract(
+                stack.array, patches, kept, args.box, args.binning, record.source.contrast, run.memory, run.progress
+            ):
+                writer.append(block)
+        file = file.model_copy(update={"stack": str(target)})
+        files[record.name] = file
+        if args.subtomograms:
+            write_subtomograms(file, target, folder, run)
+        lost = len(patches.visible) - len(kept)
+        seen = float(patches.visible[kept].float().sum(dim=1).mean())
+        run.result(
+            f"{record.name}: {len(kept)} particles, {seen:.1f} tilts each, {lost} in no image, box {args.box} at {pixel_size:g} Å"
+        )
+    records.save_particles(
+        folder,
+        records.ParticleSet(
+            set=args.set_name, label=args.label, box=args.box, pixel_size=pixel_size, symmetry=args.symmetry
+        ),
+        files,
+    )
+    run.log.info(f"wrote {head}")
+
+
+def common_pixel_size(series: list[records.TiltSeriesRecord]) -> float:
+    """The raw pixel size that all tilt series of a set must share."""
+    sizes = {round(record.source.pixel_size, 6) for record in series}
+    if len(sizes) > 1:
+        raise InputError(
+            f"tilt series differ in pixel size: {sorted(sizes)}", "info", "extract them into sets of their own"
+        )
+    return series[0].source.pixel_size
+
+
+def checked(
+    record: records.TiltSeriesRecord, args: argparse.Namespace, run: Run
+) -> tuple[mrc.MrcImages, extract.Patches]:
+    """The raw stack of a tilt series, and where its particles lie in it."""
+    alignment, picks = records.need(record, "alignment"), records.need_picks(record, args.label)
+    stack = mrc.open_stack(run.input(record.source.stack))
+    if stack.shape != record.source.shape:
+        raise InputError(
+            f"has shape {stack.shape}, the record of {record.name} says {record.source.shape}",
+            record.source.stack,
+            "import the stack again",
+        )
+    if record.ctf is None:
+        run.warn(f"{record.name} has no CTF: particles are cut without defocus, and will not be corrected for it")
+    geometry = TiltGeometry.of(alignment, record.tilts.use)
+    located = extract.locate(
+        picks.xyz, geometry, record.ctf, record.source.shape[1:], record.source.pixel_size, args.box * args.binning
+    )
+    return stack, located
+
+
+def write_subtomograms(file: records.ParticleFile, stack: Path, folder: Path, run: Run) -> None:
+    """One CTF-corrected volume a particle, in the specimen's frame."""
+    particles = Particles.of(file, mrc.open_stack(stack).array)
+    for index in run.progress(range(len(particles)), label="subtomograms"):
+        name = file.particles[index].id.split(".")[-1]
+        path = run.output(folder / "subtomograms" / f"{file.name}_{name}.mrc")
+        mrc.write_volume(path, subtomogram(particles, index).numpy(), file.pixel_size)
+
+
+program = Program(
+    doc=__doc__,
+    name="emc_extract",
+    arguments=arguments,
+    main=main,
+    standard=("threads", "memory", "overwrite", "verbose", "quiet", "dry-run"),
+)
+entry = program.entry
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,31 @@
+"""The simulator's truth in our conventions: positions, defocus and poses against its own per-particle lists."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from libemc.io.mrc import open_stack
+from libemc.io.truth import read_truth
+
+
+@pytest.mark.parametrize(("name", "hand", "bad", "motion"), [("conf_01", -1, [], 1.0), ("conf_02", 1, [0], 1.5)])
+def test_simulated(shared_data: Path, name: str, hand: int, bad: list[int], motion: float) -> None:
+    path = shared_data / f"sim/{name}_truth.json"
+    truth, data = read_truth(path), json.loads(path.read_text())
+    assert truth.ctf.handedness == hand and np.flatnonzero(~truth.alignment.use).tolist() == bad
+    _, height, width = open_stack(shared_data / f"sim/{name}.mrc").shape
+    seen = truth.alignment.project(truth.picks.xyz) / truth.pixel_size + (width // 2, height // 2)
+    moved = np.array(data["pos2d_px"]).transpose(1, 0, 2) - seen
+    assert moved.std() < motion  # px: random motion was simulated per particle …
+    np.testing.assert_allclose(moved.mean(axis=(0, 1)), 0, atol=0.2)  # … of 70 particles; half a pixel would be 0.5
+    depth = np.einsum("tj,nj->tn", truth.alignment.matrices()[:, 2], truth.picks.xyz)
+    mean = (truth.ctf.defocus_u + truth.ctf.defocus_v) / 2
+    np.testing.assert_allclose(
+        mean[:, None] + hand * depth, np.array(data["particle_defocus"]).T, atol=1e-3
+    )  # 5 decimals
+    np.testing.assert_allclose(truth.ctf.defocus_u - truth.ctf.defocus_v, data["astig"])
+    np.testing.assert_allclose(truth.picks.matrices, data["poses"], atol=2e-5)  # 5 decimals are not quite a rotation
