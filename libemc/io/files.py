@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import secrets
+from contextlib import suppress
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, NoReturn
@@ -106,9 +108,24 @@ class Replacement:
         self.path = Path(path)
         self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
         try:
-            self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            self._descriptor = self._create()
         except OSError as error:
             self._named(error)
+
+    def _create(self) -> int:
+        """Make and lock the new file, and remove those that killed programs left: the dead hold no lock."""
+        while True:
+            descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            with suppress(OSError):  # a file system without locks keeps what is left
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                for left in self.path.parent.iterdir():
+                    if left.name.startswith(f".{self.path.name}.") and left.suffix == ".part":
+                        with suppress(OSError), open(left, "rb") as file:
+                            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                            left.unlink()
+            if os.fstat(descriptor).st_nlink:  # not removed by another between its making and its locking
+                return descriptor
+            os.close(descriptor)
 
     def _named(self, error: OSError) -> NoReturn:
         raise OSError(error.errno, error.strerror, fspath(self.path)) from error
@@ -142,8 +159,8 @@ class Replacement:
         """Flush to disk, take the name, flush the folder."""
         try:
             os.fsync(self._descriptor)
-            self._close()
             os.replace(self._temporary, self.path)
+            self._close()  # only now: the lock says that the writer lives
             folder = os.open(self.path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)

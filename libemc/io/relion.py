@@ -96,6 +96,7 @@ class ParticleSeries:
         images: name of each particle's stack, or None where the set has none.
         visible: per particle (T,) bool, or None.
         tomograms: by name; empty where the set was read without them.
+        warp: whether Warp wrote it (by its tomogram names).
     """
 
     path: Path
@@ -111,6 +112,7 @@ class ParticleSeries:
     images: list[str] | None
     visible: list[NDArray[np.bool_]] | None
     tomograms: dict[str, Tomogram]
+    warp: bool = False
 
     @property
     def count(self) -> int:
@@ -182,7 +184,8 @@ class Particles2D:
         group: index into `optics`.
         optics: the optics groups.
         half: 1 or 2, 0 where not assigned.
-        group_name: rlnGroupName, the particle that a tilt's image belongs to, or None.
+        group_name: rlnGroupName, the tilt series, or None.
+        particle: rlnTomoParticleName, the particle that a tilt's image belongs to, or None.
         micrograph: rlnMicrographName, or None.
         scale, bfactor: rlnCtfScalefactor and rlnCtfBfactor (Å²), or None.
         dose_before: rlnMicrographPreExposure, e/Å², or None.
@@ -202,6 +205,7 @@ class Particles2D:
     optics: list[OpticsGroup]
     half: NDArray[np.int64]
     group_name: list[str] | None = None
+    particle: list[str] | None = None
     micrograph: list[str] | None = None
     scale: Array | None = None
     bfactor: Array | None = None
@@ -465,6 +469,7 @@ def read_particle_series(path: StrPath, tomograms: StrPath | None = None) -> Par
         images=texts(table, "rlnImageName"),
         visible=visible,
         tomograms=known,
+        warp=any(name.endswith(WARP_SUFFIX) for name in full_names),
     )
 
 
@@ -490,6 +495,7 @@ def read_particles_2d(path: StrPath) -> Particles2D:
         optics=optics,
         half=numbers(table, "rlnRandomSubset", path, 0.0).astype(np.int64),
         group_name=texts(table, "rlnGroupName"),
+        particle=texts(table, "rlnTomoParticleName"),
         micrograph=texts(table, "rlnMicrographName"),
         scale=optional(table, "rlnCtfScalefactor", path),
         bfactor=optional(table, "rlnCtfBfactor", path),
@@ -535,6 +541,7 @@ def write_particles_2d(path: StrPath, particles: Particles2D) -> None:
         "rlnCtfScalefactor": particles.scale,
         "rlnMicrographPreExposure": particles.dose_before,
         "rlnGroupName": particles.group_name,
+        "rlnTomoParticleName": particles.particle,
         "rlnRandomSubset": particles.half if particles.half.all() else None,
     }
     table = pd.DataFrame({name: column for name, column in columns.items() if column is not None})

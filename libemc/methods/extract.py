@@ -54,7 +54,7 @@ def locate(
         shape: rows and columns of the raw images; pixel_size: theirs.
         raw_box: side of the patch in raw pixels.
     """
-    position, height = geometry.project(torch.tensor(points).double().reshape(-1, 3))
+    position, height = geometry.project(torch.tensor(points, dtype=torch.float64).reshape(-1, 3))
     position = position / pixel_size
     rows, columns = shape
     low = torch.tensor([-(columns // 2), -(rows // 2)])
@@ -63,7 +63,7 @@ def locate(
     inside = ((position - reach >= low) & (position + reach <= high)).all(dim=-1)
     defocus = torch.full(height.shape, float("nan"), dtype=torch.float64)
     if ctf is not None:
-        mean = (torch.tensor(ctf.defocus_u).double() + torch.tensor(ctf.defocus_v).double()) / 2
+        mean = (torch.tensor(ctf.defocus_u, dtype=torch.float64) + torch.tensor(ctf.defocus_v, dtype=torch.float64)) / 2
         defocus = mean + ctf.defocus_handedness * height
     return Patches(position, defocus, inside & geometry.use)
 

@@ -32,7 +32,7 @@ class Progress(Protocol):
 
 
 def _column(values: Sequence[float] | None, count: int, default: float) -> Tensor:
-    return torch.full((count,), default, dtype=torch.float64) if values is None else torch.tensor(values).double()
+    return torch.full((count,), default, dtype=torch.float64) if values is None else torch.tensor(values, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class TiltGeometry:
     def of(alignment: Alignment, use: Sequence[bool]) -> TiltGeometry:
         """From a record's alignment section and its list of used tilts."""
         count = len(alignment.tilt)
-        angles = (torch.tensor(v).double() for v in (alignment.axis, alignment.tilt, alignment.xtilt))
-        shift = torch.tensor([alignment.shift_x, alignment.shift_y]).double().T
+        angles = (torch.tensor(v, dtype=torch.float64) for v in (alignment.axis, alignment.tilt, alignment.xtilt))
+        shift = torch.tensor([alignment.shift_x, alignment.shift_y], dtype=torch.float64).T
         magnification = _column(alignment.magnification, count, 1.0)
         return TiltGeometry(tilt_matrices(*angles), shift.contiguous(), magnification, torch.tensor(use))
 
@@ -115,13 +115,13 @@ class SeriesModel:
         """From a particle file."""
         t = file.tilts
         column = {
-            name: torch.tensor(getattr(t, name)).double()
+            name: torch.tensor(getattr(t, name), dtype=torch.float64)
             for name in ("axis", "tilt", "xtilt", "magnification", "astigmatism", "astigmatism_angle", "phase_shift")
         }
         angles = [column.pop(name) for name in ("axis", "tilt", "xtilt")]
         return SeriesModel(
             matrices=tilt_matrices(*angles),
-            dose_end=(torch.tensor(t.dose) + torch.tensor(t.dose_before)).double(),
+            dose_end=torch.tensor(t.dose, dtype=torch.float64) + torch.tensor(t.dose_before, dtype=torch.float64),
             use=torch.tensor(t.use),
             optics=ctf_model.Optics(file.optics.voltage, file.optics.cs, file.optics.amplitude_contrast),
             handedness=file.defocus_handedness,
@@ -182,15 +182,17 @@ class Particles:
             file=file,
             series=series,
             stack=stack,
-            rotation=matrix_from_euler(*(torch.tensor([getattr(p, a) for p in ps]) for a in ("rot", "tilt", "psi"))),
-            xyz=torch.tensor([p.xyz for p in ps]).double().reshape(-1, 3),
-            centre=torch.tensor([p.centre for p in ps]).double().reshape(-1, 3),
-            defocus=torch.tensor([p.defocus or nan for p in ps]).double().reshape(-1, tilts),
+            rotation=matrix_from_euler(
+                *(torch.tensor([getattr(p, a) for p in ps], dtype=torch.float64) for a in ("rot", "tilt", "psi"))
+            ),
+            xyz=torch.tensor([p.xyz for p in ps], dtype=torch.float64).reshape(-1, 3),
+            centre=torch.tensor([p.centre for p in ps], dtype=torch.float64).reshape(-1, 3),
+            defocus=torch.tensor([p.defocus or nan for p in ps], dtype=torch.float64).reshape(-1, tilts),
             lens=_lenses(ps, series),
             visible=torch.tensor([p.visible for p in ps], dtype=torch.bool).reshape(-1, tilts),
             half=torch.tensor([p.half for p in ps], dtype=torch.long),
             use=torch.tensor([p.use for p in ps], dtype=torch.bool),
-            score=torch.tensor([float("nan") if p.score is None else p.score for p in ps]).double(),
+            score=torch.tensor([float("nan") if p.score is None else p.score for p in ps], dtype=torch.float64),
         )
 
     def __len__(self) -> int:

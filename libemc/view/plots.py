@@ -143,6 +143,12 @@ def angular_distribution_plot(path: str | PathLike[str], rot: ArrayLike, tilt: A
     _save(figure, path)
 
 
+def central_slices(volume: NDArray[np.floating]) -> dict[str, NDArray[np.floating]]:
+    """The slices xy [y, x], xz [z, x] and yz [z, y] of a map [z, y, x] through its origin n//2; views."""
+    z, y, x = (n // 2 for n in volume.shape)
+    return {"xy": volume[z], "xz": volume[:, y], "yz": volume[:, :, x]}
+
+
 def central_slices_plot(
     path: str | PathLike[str], volume: NDArray[np.floating], pixel_size: float, title: str = ""
 ) -> None:
@@ -154,8 +160,7 @@ def central_slices_plot(
         pixel_size: Å.
         title: the headline.
     """
-    z, y, x = (n // 2 for n in volume.shape)
-    slices = {"xy": volume[z], "xz": volume[:, y], "yz": volume[:, :, x]}
+    slices = central_slices(volume)
     low, high = np.percentile(np.concatenate([image.ravel() for image in slices.values()]), CONTRAST)
     widths = [image.shape[1] for image in slices.values()]
     height = 9.0 * max(image.shape[0] for image in slices.values()) / sum(widths)

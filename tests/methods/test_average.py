@@ -1,0 +1,100 @@
+"""Averages of sets with known poses, against the map that made them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from subtilt_data import blobs, particle_set
+
+from libemc.errors import InputError
+from libemc.methods import average, subtilts
+from libemc.numerics.fsc import fourier_shell_correlation
+from libemc.numerics.masks import soft_sphere
+from libemc.numerics.slices import Band
+
+MEMORY = 1 << 28
+
+
+@pytest.mark.parametrize("box", [28, 29])
+def test_average_is_the_map(box: int) -> None:
+    """40 particles × 12 tilts without noise: both halves give the map in every shell to 0.8 Nyquist, in its own hand.
+
+    0.9: what 240 slices a half, damped by 26 e/Å², leave of the outermost shell; mirrored the mean is below 0.5.
+    """
+    density = blobs(box)
+    maps = average.half_maps([particle_set(density, 40, 4.0, noise=0.0)], MEMORY)
+    top = int(0.8 * box / 2)
+    for half in (maps.half1, maps.half2):
+        values = fourier_shell_correlation(half, density).values[1:top]
+        assert values.min() > 0.9 and values.mean() > 0.98
+    # z -> -z about the origin n//2
+    mirrored = torch.roll(maps.half1.flip(0), 1 - box % 2, dims=0)
+    assert fourier_shell_correlation(mirrored, density).values[3:top].mean() < 0.5
+
+
+def test_chunks_do_not_matter() -> None:
+    """One particle at a time or all together: the same sums (rounding of float32 sums in another order)."""
+    particles = particle_set(blobs(24), 12, 5.0, noise=1.0)
+    large, small = average.half_maps([particles], MEMORY), average.half_maps([particles], 1)
+    torch.testing.assert_close(large.half1, small.half1, rtol=0, atol=2e-4 * float(large.half1.abs().max()))
+
+
+def test_premultiplied_images_give_the_same_average() -> None:
+    """Images times their CTF, marked as such, carry the same information: equal averages (rounding of float16 images)."""
+    particles = particle_set(blobs(24), 16, 5.0, noise=0.0)
+    band = Band.of(24)
+    plain = average.half_maps([particles], MEMORY, whiten=False)
+    stack = particles.stack.copy()
+    undamaged = replace(particles.series, dose_end=torch.zeros_like(particles.series.dose_end))
+    tilts = len(particles.series.use)
+    for i in range(len(particles)):
+        images = torch.from_numpy(stack[i * tilts : (i + 1) * tilts]).float()
+        ctf = subtilts.transfer_function(
+            undamaged, torch.arange(tilts), particles.defocus[i], particles.lens[i], band, 5.0
+        )
+        spectra = subtilts.slices.spectra_of_images(images, band) * ctf
+        stack[i * tilts : (i + 1) * tilts] = subtilts.slices.images_from_band(spectra, band).half().numpy()
+    file = particles.file.model_copy(update={"ctf_premultiplied": True})
+    other = average.half_maps([subtilts.Particles.of(file, stack)], MEMORY, whiten=False)
+    assert fourier_shell_correlation(plain.half1, other.half1).values[1:11].min() > 0.999
+
+
+def test_wiener_filter_follows_the_fsc() -> None:
+    """With noise the filtered average is nearer to the map than the unfiltered one, and the FSC between halves honest."""
+    density = blobs(28)
+    mask = soft_sphere(28, 11.0, 3.0)
+    maps = average.half_maps([particle_set(density, 60, 4.0, noise=6.0)], MEMORY)
+    done = average.finish(maps, mask, 4.0, seed=0)
+    against = fourier_shell_correlation(done.average * mask, density * mask).values
+    half = done.fsc.corrected.values.clamp(0, 1)
+    promised = (2 * half / (1 + half)).sqrt()  # correlation of the whole with the truth, Rosenthal & Henderson 2003
+    top = average.last_shell(done.fsc.corrected.values)
+    assert 4 <= top < 14
+    # 0.1: standard error of a shell's FSC with a few hundred coefficients
+    assert abs(against[2:top] - promised[2:top]).mean() < 0.1
+
+
+def test_half_without_images_is_an_error() -> None:
+    particles = particle_set(blobs(16), 4, 6.0, noise=0.0)
+    with pytest.raises(InputError, match="half 2"):
+        average.half_maps([particles.using(particles.half == 1)], MEMORY)
+
+
+def test_last_shell_passes_over_gaps() -> None:
+    """A CTF zero (two shells below) is passed over, three in a row are the end."""
+    fsc = torch.tensor([1.0, 0.9, 0.8, 0.1, 0.1, 0.6, 0.5, 0.1, 0.0, 0.1, 0.0])
+    assert average.last_shell(fsc) == 6
+    assert average.for_filters(fsc)[7:].abs().max() == 0
+
+
+def test_symmetry_is_applied() -> None:
+    """An average with c2 is invariant under its operator: x, y -> -x, -y (interpolation error of the insertion)."""
+    maps = average.half_maps([particle_set(blobs(25), 20, 4.0, noise=0.0)], MEMORY, symmetry="c2")
+    turned = maps.half1.flip(1, 2)  # an odd box: the origin is the middle
+    assert torch.linalg.norm(turned - maps.half1) / torch.linalg.norm(maps.half1) < 1e-3

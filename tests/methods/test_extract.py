@@ -1,0 +1,70 @@
+"""Extraction: where patches are cut, to a fraction of a pixel, with which sign, scale and defocus."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from libemc.methods import extract
+from libemc.methods.subtilts import TiltGeometry
+from libemc.records import Alignment, Ctf
+
+
+def gaussian_image(shape: tuple[int, int], x: float, y: float, sigma: float = 2.5) -> np.ndarray:
+    """A dark spot at (x, y) pixels from the centre n//2 of an image of mean 100."""
+    rows, columns = shape
+    gy, gx = np.arange(rows) - rows // 2 - y, np.arange(columns) - columns // 2 - x
+    return (100 - 50 * np.exp(-0.5 * (gy[:, None] ** 2 + gx**2) / sigma**2)).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(90, 120), (91, 121)])
+@pytest.mark.parametrize(("box", "binning"), [(24, 1), (25, 1), (12, 2), (13, 2)])
+def test_patches_are_centred(shape: tuple[int, int], box: int, binning: int) -> None:
+    """The spot's centre of mass lies on pixel n//2 to 0.02 px, and white, for fractions and even and odd sizes."""
+    x, y = 13.37, -8.62
+    cut = extract.extract_tilt(torch.from_numpy(gaussian_image(shape, x, y)), torch.tensor([[x, y]]).double(), box, binning)
+    patch = cut[0].clamp_min(0).double()
+    assert patch.max() > 10
+    line = torch.arange(box).double() - box // 2
+    assert abs(float((patch.sum(0) * line).sum() / patch.sum())) < 0.02
+    assert abs(float((patch.sum(1) * line).sum() / patch.sum())) < 0.02
+
+
+def test_bright_contrast_is_kept() -> None:
+    image = torch.from_numpy(-gaussian_image((60, 60), 0, 0))
+    assert extract.extract_tilt(image, torch.zeros(1, 2).double(), 20, 1, "bright")[0, 10, 10] > 10
+
+
+def test_positions_and_defocus_follow_the_conventions() -> None:
+    """Conventions 5, 6 and 13 written out by hand for one point: axis 90° brings the specimen's x to the image's y."""
+    tilt, angle = 30.0, np.deg2rad(30.0)
+    alignment = Alignment(
+        axis=[90.0], tilt=[tilt], xtilt=[0.0], shift_x=[12.0], shift_y=[-6.0], magnification=[1.01]
+    )
+    ctf = Ctf(defocus_u=[21000.0], defocus_v=[19000.0], angle=[0.0], phase_shift=[0.0], defocus_handedness=-1)
+    r = (100.0, 40.0, -60.0)
+    q = np.array([r[0] * np.cos(angle) + r[2] * np.sin(angle), r[1], -r[0] * np.sin(angle) + r[2] * np.cos(angle)])
+    q = np.array([-q[1], q[0], q[2]])
+    found = extract.locate([r], TiltGeometry.of(alignment, [True]), ctf, (200, 300), 3.0, 20)
+    want = 1.01 * (q[:2] + np.array([12.0, -6.0])) / 3.0
+    np.testing.assert_allclose(found.position[0, 0].numpy(), want, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(float(found.defocus[0, 0]), 20000.0 - q[2], rtol=0, atol=1e-6)
+    assert bool(found.visible[0, 0])
+
+
+def test_tilts_that_do_not_see_a_particle() -> None:
+    """Out of the field and unused tilts are not visible, and their patches are zero; the order is particle·T + tilt."""
+    alignment = Alignment(axis=[0.0] * 3, tilt=[0.0] * 3, xtilt=[0.0] * 3, shift_x=[0.0, 0.0, 42.0], shift_y=[0.0] * 3)
+    geometry = TiltGeometry.of(alignment, [True, False, True])
+    found = extract.locate([(0.0, 0.0, 0.0), (5.0, 0.0, 0.0)], geometry, None, (100, 100), 1.0, 20)
+    assert found.visible.tolist() == [[True, False, True], [True, False, False]]
+    assert torch.isnan(found.defocus).all()
+    images = np.random.default_rng(0).normal(size=(3, 100, 100)).astype(np.float32)
+    blocks = list(extract.extract(images, found, [0, 1], 20, 1, "dark", memory=1))
+    assert len(blocks) == 2  # as little memory as there can be: one particle a block
+    stack = np.concatenate(blocks)
+    assert stack.shape == (6, 20, 20) and stack.dtype == np.float16
+    assert [bool(np.any(image)) for image in stack] == [True, False, True, True, False, False]
+    # white noise of unit variance after scaling (500 background pixels in each tilt: 3 % standard error)
+    assert abs(float(stack[0].astype(float).std()) - 1) < 0.15
