@@ -16,11 +16,10 @@ from libemc import records
 from libemc.errors import InputError
 from libemc.io import mrc
 from libemc.io.files import read_json, write_text
-from libemc.methods.average import GOLD_STANDARD, Average, HalfMaps
+from libemc.methods.average import Average, HalfMaps
 from libemc.methods.refine import Done, Step, filtered_references
 from libemc.methods.subtilts import Particles
 from libemc.numerics import fourier
-from libemc.numerics.fsc import resolution_at
 from libemc.view import plots
 
 PIXEL_SIZE_TOLERANCE = 1e-3
@@ -86,22 +85,6 @@ def read_mask(path: str | Path, box: int, pixel_size: float) -> Tensor:
     return torch.from_numpy(data)
 
 
-def fsc_content(average: Average, pixel_size: float) -> dict[str, Any]:
-    """What `fsc.json` holds: frequencies in 1/Å, the four curves, and where they cross the thresholds, Å."""
-    names = ("unmasked", "masked", "randomised", "corrected")
-    curves = dict(zip(names, average.fsc, strict=True))
-    return {
-        "pixel_size": pixel_size,
-        "frequency": [float(f) / pixel_size for f in average.fsc.unmasked.frequency],
-        **{name: [float(v) for v in curve.values] for name, curve in curves.items()},
-        "resolution": {
-            name: {f"{t:g}": resolution_at(curve, t, pixel_size) for t in (GOLD_STANDARD, 0.5)}
-            for name, curve in curves.items()
-            if name != "randomised"
-        },
-    }
-
-
 def write_average(
     outputs: Mapping[str, Path], maps: HalfMaps, average: Average, mask: Tensor, pixel_size: float
 ) -> None:
@@ -113,12 +96,11 @@ def write_average(
     volumes = {"half1.mrc": maps.half1, "half2.mrc": maps.half2, "mask.mrc": mask, "average.mrc": average.average}
     for name, volume in volumes.items():
         mrc.write_volume(outputs[name], volume.float().numpy(), pixel_size)
-    content = fsc_content(average, pixel_size)
-    write_text(outputs["fsc.json"], json.dumps(content, indent=1))
-    curves = {name: content[name] for name in ("unmasked", "masked", "corrected")}
-    plots.fsc_plot(
-        outputs["fsc.png"], content["frequency"], curves, {"0.143": GOLD_STANDARD, "0.5": 0.5}, average.resolution
-    )
+    table = average.fsc.table()
+    write_text(outputs["fsc.json"], json.dumps(table, indent=1))
+    curves = {name: values for name, values in table["curves"].items() if name != "randomised"}
+    levels = {name: table["thresholds"][name] for name in ("0.143", "0.5")}
+    plots.fsc_plot(outputs["fsc.png"], table["frequency"], curves, levels, average.resolution)
     plots.central_slices_plot(outputs["average.png"], average.average.numpy(), pixel_size)
 
 
@@ -176,7 +158,7 @@ def resume_refinement(
 def read_references(folder: Path, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The references that a run's half maps make."""
     half1, half2 = (torch.from_numpy(mrc.read_volume(folder / f"half{h}.mrc")[0]) for h in (1, 2))
-    fsc = torch.tensor(read_json(folder / "fsc.json")["corrected"]).double()
+    fsc = torch.tensor(read_json(folder / "fsc.json")["curves"]["corrected"]).double()
     return filtered_references(half1, half2, mask, fsc)
 
 

@@ -44,7 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--sphere", type=options.positive, metavar="A", help="a sphere of this radius in Å")
     shape.add_argument("--threshold", type=threshold, metavar="T", help="density above this, or auto (default: auto)")
-    parser.add_argument("--lowpass", type=options.positive, metavar="A", help="remove detail finer than this, in Å")
+    options.lowpass(parser)
     parser.add_argument("--largest", action="store_true", help="only the largest connected density")
     parser.add_argument("--extend", type=options.not_negative, metavar="A",
                         help="reach beyond the density in Å (default: 3 pixels)")  # fmt: skip

@@ -93,7 +93,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
         done = average.finish(maps, mask, pixel_size, run.seed)
         turned, moved = refine.pose_change(before, series, symmetry)
         past.append(refine.Done(step, done.resolution, done.reach, turned, moved))
-        halves = refine.filtered_references(maps.half1, maps.half2, mask, done.fsc.corrected.values)
+        halves = refine.filtered_references(maps.half1, maps.half2, mask, done.corrected)
         project.write_average(outputs, maps, done, mask, pixel_size)
         project.save_run_particles(folder, head, series, str(args.set_or_run))
         project.save_run(folder / "run.json", run.name, options_used, run.seed, refine.state_of(past, count))

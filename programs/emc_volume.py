@@ -56,7 +56,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shift", type=triple, metavar="X,Y,Z", help="shift by so many Å")
     options.symmetry(parser)
     parser.add_argument("--highpass", type=options.positive, metavar="A", help="remove what is coarser than this, in Å")
-    parser.add_argument("--lowpass", type=options.positive, metavar="A", help="remove detail finer than this, in Å")
+    options.lowpass(parser)
     sampling = parser.add_mutually_exclusive_group()
     options.pixel_size(sampling)
     options.binning(sampling)

@@ -16,6 +16,9 @@ from libemc.errors import InputError
 
 StrPath = str | PathLike[str]
 
+COPIED_AT_ONCE = 1 << 24
+"""Bytes."""
+
 
 def read_bytes(path: StrPath, limit: int | None = None) -> bytes:
     """The first `limit` bytes (all: None) of a file; InputError if it is missing, a folder, unreadable or empty."""
@@ -180,6 +183,27 @@ def write_text(path: StrPath, text: str) -> None:
     replacement = Replacement(path)
     try:
         replacement.write(text.encode("utf-8"), 0)
+        replacement.commit()
+    except BaseException:
+        replacement.discard()
+        raise
+
+
+def place(source: StrPath, target: StrPath, link: bool = False) -> None:
+    """Put a copy of a file, or a symbolic link to it, at `target`: whole or not at all, in place of what is there."""
+    if link:
+        path = Path(target)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        os.symlink(os.path.abspath(source), temporary)
+        os.replace(temporary, path)
+        return
+    replacement = Replacement(target)
+    try:
+        with open(source, "rb") as file:
+            offset = 0
+            while block := file.read(COPIED_AT_ONCE):
+                replacement.write(block, offset)
+                offset += len(block)
         replacement.commit()
     except BaseException:
         replacement.discard()

@@ -35,7 +35,7 @@ MOD_UNITS = {-9: 10.0, -10: 1.0, -6: 1e4}
 def _in_angstroms(index: ArrayLike, shape: Shape | None, pixel_size: float | None, path: StrPath) -> Array:
     """Å from the centre of voxels (N, 3), (x, y, z) counted from 0; InputError if shape or pixel size is not given."""
     if shape is None or pixel_size is None:
-        raise InputError("has coordinates in pixels", path, "give the tomogram's shape and pixel size")
+        raise InputError("has coordinates in pixels", path, "give the tomogram that they refer to")
     return (np.asarray(index, dtype=np.float64) - np.array(shape[::-1]) // 2) * pixel_size
 
 

@@ -153,6 +153,26 @@ class ParticleSeries:
             raise InputError(what, stack.path, "export the particles again")
         return stack, np.where(visible, np.cumsum(visible) - 1, -1)
 
+    def images_of(self, particle: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """A particle's images, zero where a tilt does not show it, (T, n, n), and which tilts do, (T,).
+
+        Raises:
+            InputError: as `open_images`; or the images are not square, or not as many as the tomogram has tilts.
+        """
+        stack, index = self.open_images(particle)
+        seen = index >= 0
+        if self.visible is not None:
+            seen &= self.visible[particle]
+        tomogram = self.tomograms.get(self.tomogram[particle])
+        tilts = len(index) if tomogram is None or tomogram.alignment is None else tomogram.alignment.count
+        count, rows, columns = stack.shape
+        if rows != columns or len(index) != tilts:
+            what = f"has {count} images of {columns} x {rows} for {tilts} tilts"
+            raise InputError(what, stack.path, "export the particles again")
+        images = np.zeros((tilts, rows, rows), np.float32)
+        images[seen] = stack.array[index[seen]]
+        return images, seen
+
     def mirrored(self) -> ParticleSeries:
         """The same images explained by the mirror image of specimen and particle, z -> -z.
 
@@ -215,6 +235,17 @@ class Particles2D:
     def count(self) -> int:
         """How many images."""
         return len(self.image)
+
+    def place(self, row: int) -> tuple[str, int]:
+        """The stack that an image is in, as the file names it, and its index there, from 0 ("000001@stack.mrcs": 0).
+
+        Raises:
+            InputError: it is no such name.
+        """
+        number, _, name = self.image[row].rpartition("@")
+        if not (number or "1").isdigit() or int(number or 1) < 1 or not name:
+            raise InputError(f"{self.image[row]} is no image of a stack", None, "write it as 000001@stack.mrcs")
+        return name, int(number or 1) - 1
 
 
 def _plain(name: str) -> str:
@@ -471,6 +502,19 @@ def read_particle_series(path: StrPath, tomograms: StrPath | None = None) -> Par
         tomograms=known,
         warp=any(name.endswith(WARP_SUFFIX) for name in full_names),
     )
+
+
+def is_tomographic(path: StrPath) -> bool:
+    """Whether a particle STAR file lists tomographic particles (or is an optimisation set), and not 2-D images."""
+    columns = {column for block in read_star(path).values() for column in block.columns}
+    return bool(columns & {"rlnTomoName", "rlnTomoParticlesFile"})
+
+
+def tomograms_beside(path: StrPath) -> Path | None:
+    """The tomograms.star that lies beside a particle file: by Warp's name or RELION's, or None."""
+    file = Path(path)
+    names = (f"{file.stem}_tomograms.star", "tomograms.star")
+    return next((file.with_name(name) for name in names if file.with_name(name).is_file()), None)
 
 
 def read_particles_2d(path: StrPath) -> Particles2D:

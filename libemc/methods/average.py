@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from libemc.errors import InputError
+from libemc.methods.postprocess import GOLD_STANDARD, Resolution, half_map_resolution
 from libemc.methods.subtilts import Batch, Particles, Progress, chunk_size, chunks, load_batch, noise_spectrum
-from libemc.numerics.fsc import CorrectedFSC, corrected_fsc, resolution_at
 from libemc.numerics.slices import Accumulator, Band
 from libemc.numerics.symmetry import symmetry_matrices
 
-GOLD_STANDARD = 0.143
-"""Threshold between independent halves (Rosenthal & Henderson 2003), convention 16."""
 RUN_BELOW = 3
 """Consecutive shells below the threshold that end the signal."""
 DEFAULT_MASK = 0.85
@@ -117,14 +115,23 @@ class Average:
 
     Attributes:
         average: (n, n, n) both halves together, Wiener filtered by the FSC (unfiltered where there is none to go by).
-        fsc: unmasked, masked, phase-randomised and corrected curves.
-        resolution: Å at 0.143 of the corrected curve; reach: Å of the last shell that carries signal.
+        fsc: unmasked, masked, phase-randomised and corrected curves, and where they cross the thresholds.
+        reach: Å of the last shell that carries signal.
     """
 
     average: Tensor
-    fsc: CorrectedFSC
-    resolution: float
+    fsc: Resolution
     reach: float
+
+    @property
+    def resolution(self) -> float:
+        """Å at 0.143 of the corrected curve."""
+        return self.fsc.value
+
+    @property
+    def corrected(self) -> Tensor:
+        """(n//2+1,) the corrected FSC."""
+        return self.fsc.curves["corrected"].values
 
 
 def finish(maps: HalfMaps, mask: Tensor, pixel_size: float, seed: int) -> Average:
@@ -134,14 +141,14 @@ def finish(maps: HalfMaps, mask: Tensor, pixel_size: float, seed: int) -> Averag
         mask: (n, n, n) between 0 and 1, for the masked FSC.
         seed: of the phase randomisation.
     """
-    fsc = corrected_fsc(maps.half1, maps.half2, mask, torch.Generator().manual_seed(seed))
+    fsc = half_map_resolution(maps.half1, maps.half2, pixel_size, mask, torch.Generator().manual_seed(seed))
+    corrected = fsc.curves["corrected"].values
     both = Accumulator(maps.sums[0].box)
     both.merge(maps.sums[0])
     both.merge(maps.sums[1])
-    curve = for_filters(fsc.corrected.values)
-    average = both.map(signal_to_noise(curve, whole=True))
-    reach = both.box * pixel_size / max(1, last_shell(fsc.corrected.values))
-    return Average(average, fsc, resolution_at(fsc.corrected, GOLD_STANDARD, pixel_size), reach)
+    average = both.map(signal_to_noise(for_filters(corrected), whole=True))
+    reach = both.box * pixel_size / max(1, last_shell(corrected))
+    return Average(average, fsc, reach)
 
 
 def last_shell(fsc: Tensor) -> int:

@@ -1,31 +1,19 @@
-"""What import decides before anything is aligned: which images are spoilt, what dose each image had received, and how
-tables that other packages wrote become sections of our records. Readers hand over arrays in our conventions; nothing
+"""What import decides before anything is aligned: which images are spoilt, and what dose each image had received. Nothing
 here knows files. The judgement of images wants numbers of one image at a time, so that no stack is ever in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from libemc.errors import InputError
-from libemc.records import (
-    Alignment,
-    Ctf,
-    Optics,
-    Particle,
-    ParticleFile,
-    ParticleTilts,
-    Picks,
-    Tilts,
-    TiltSeriesRecord,
-    half_of,
-)
+from libemc.records import Tilts, TiltSeriesRecord
 
 Array = NDArray[np.float64]
 
@@ -170,110 +158,6 @@ def doses_from_before(before: ArrayLike) -> tuple[float, ...]:
     return tuple(float(v) for v in dose)
 
 
-# ------------------------------------------------------------------------- what readers give, as sections of the record
-
-
-class AlignmentLike(Protocol):
-    """Arrays of a tilt geometry, (T,), as our readers give them."""
-
-    axis: Array
-    tilt: Array
-    xtilt: Array
-    shift_x: Array
-    shift_y: Array
-    magnification: Array
-    use: NDArray[np.bool_]
-
-    def matrices(self) -> Array:
-        """Specimen to image frame, (T, 3, 3)."""
-
-
-class CtfLike(Protocol):
-    """Arrays of a CTF, (T,), as our readers give them."""
-
-    defocus_u: Array
-    defocus_v: Array
-    angle: Array
-    phase_shift: Array
-    handedness: int | None
-    score: Array | None
-    resolution: Array | None
-
-
-class PicksLike(Protocol):
-    """Points (N, 3) and what is known of each, (N,) or None, as our readers give them."""
-
-    xyz: Array
-    rot: Array | None
-    tilt: Array | None
-    psi: Array | None
-    score: Array | None
-
-
-def _row(values: ArrayLike) -> tuple[float, ...]:
-    return tuple(float(v) for v in np.asarray(values, dtype=np.float64))
-
-
-def _points(values: Array) -> tuple[tuple[float, float, float], ...]:
-    return tuple((float(x), float(y), float(z)) for x, y, z in values)
-
-
-def with_alignment(record: TiltSeriesRecord, found: AlignmentLike, ctf: CtfLike | None) -> TiltSeriesRecord:
-    """The record with this alignment and, where there is one, CTF; tilts that the alignment left out are unused."""
-    magnified = bool(np.any(found.magnification != 1))
-    alignment = Alignment(
-        axis=_row(found.axis),
-        tilt=_row(found.tilt),
-        xtilt=_row(found.xtilt),
-        shift_x=_row(found.shift_x),
-        shift_y=_row(found.shift_y),
-        magnification=_row(found.magnification) if magnified else None,
-    )
-    tilts = record.tilts
-    use = [bool(kept) for kept in found.use]
-    why = [
-        reason or (None if kept else "left out by the imported alignment")
-        for reason, kept in zip(tilts.reason or (None,) * len(use), use, strict=True)
-    ]
-    used = tuple(old and kept for old, kept in zip(tilts.use, use, strict=True))
-    update: dict[str, Any] = {
-        "alignment": alignment,
-        "tilts": tilts.model_copy(update={"use": used, "reason": tuple(why)}),
-    }
-    if ctf is not None:
-        old_hand = record.ctf.defocus_handedness if record.ctf else -1
-        update["ctf"] = Ctf(
-            defocus_u=_row(ctf.defocus_u),
-            defocus_v=_row(ctf.defocus_v),
-            angle=_row(ctf.angle),
-            phase_shift=_row(ctf.phase_shift),
-            score=None if ctf.score is None else _row(ctf.score),
-            resolution=None if ctf.resolution is None else _row(ctf.resolution),
-            defocus_handedness=-1 if (ctf.handedness or old_hand) < 0 else 1,
-        )
-    return record.model_copy(update=update)
-
-
-def picks_section(found: PicksLike, source: str, chosen: NDArray[np.bool_] | None = None) -> Picks:
-    """Points as a record's picks.
-
-    Args:
-        source: the file that they come from.
-        chosen: (N,) which of them; None: all.
-
-    Raises:
-        InputError: there are none.
-    """
-    rows = np.ones(len(found.xyz), bool) if chosen is None else chosen
-    if not rows.any():
-        raise InputError("has no points" if chosen is None else "has no points of that class", source, "check the file")
-    columns: dict[str, Any] = {
-        name: None if getattr(found, name) is None else _row(getattr(found, name)[rows])
-        for name in ("rot", "tilt", "psi", "score")
-    }
-    return Picks(xyz=_points(found.xyz[rows]), source=source, **columns)
-
-
 def tilts_section(
     nominal: ArrayLike, order: Sequence[int] | None, dose: Sequence[float] | None, before: Sequence[float] | None
 ) -> Tilts:
@@ -282,15 +166,31 @@ def tilts_section(
         before = doses_before(order, dose)
     if dose is None and before is not None:
         dose = doses_from_before(before)
-    angles = _row(nominal)
+    angles = tuple(float(v) for v in np.asarray(nominal))
     return Tilts(
         nominal=angles,
         order=None if order is None else tuple(int(k) for k in order),
-        dose=None if dose is None else _row(dose),
-        dose_before=None if before is None else _row(before),
+        dose=None if dose is None else tuple(float(v) for v in dose),
+        dose_before=None if before is None else tuple(float(v) for v in before),
         use=(True,) * len(angles),
         reason=(None,) * len(angles),
     )
+
+
+def summary(record: TiltSeriesRecord) -> str:
+    """One line: tilts used and why others are not, sampling, shape, angles, axis and total dose."""
+    source, tilts = record.source, record.tilts
+    why = [f"{k} {reason}" for k, reason in enumerate(tilts.reason or ()) if reason]
+    count, rows, columns = source.shape
+    parts = [
+        f"{record.name}: {sum(tilts.use)}/{count} tilts" + (f" ({', '.join(why)})" if why else ""),
+        f"{source.pixel_size:g} Å/px",
+        f"{columns} x {rows}",
+        f"{min(tilts.nominal):g} to {max(tilts.nominal):g} degrees",
+        "axis not known" if source.tilt_axis is None else f"axis {source.tilt_axis:g}",
+        "dose not known" if tilts.dose is None else f"{sum(tilts.dose):g} e/Å²",
+    ]
+    return ", ".join(parts)
 
 
 def without_bad(tilts: Tilts, reasons: Sequence[str | None]) -> Tilts:
@@ -298,213 +198,26 @@ def without_bad(tilts: Tilts, reasons: Sequence[str | None]) -> Tilts:
     return tilts.model_copy(update={"use": tuple(reason is None for reason in reasons), "reason": tuple(reasons)})
 
 
-# ------------------------------------------------------------------------------------- particle sets of other packages
+# ---------------------------------------------------------------------------------------------------- particle images
 
 
-class OpticsLike(Protocol):
-    """One optics group of a particle set."""
-
-    name: str
-    pixel_size: float
-    box: int
-    voltage: float
-    cs: float
-    amplitude_contrast: float
-    premultiplied: bool
-
-
-class TomogramLike(Protocol):
-    """A tilt series as a particle set's files describe it."""
-
-    alignment: AlignmentLike | None
-    ctf: CtfLike | None
-    dose: float | None
-    dose_before: Array | None
-    scale: Array | None
-
-
-class SeriesLike(Protocol):
-    """Particles of one tomogram whose images are stacks of tilts."""
-
-    xyz: Array
-    rot: Array
-    tilt: Array
-    psi: Array
-    half: NDArray[np.int64]
-    group: NDArray[np.int64]
-    name: list[str]
-    visible: list[NDArray[np.bool_]] | None
-
-
-class FlatLike(Protocol):
-    """2-D particles, each an image with a pose and a CTF of its own."""
-
-    rot: Array
-    tilt: Array
-    psi: Array
-    dx: Array
-    dy: Array
-    defocus_u: Array
-    defocus_v: Array
-    defocus_angle: Array
-    phase_shift: Array
-    group: NDArray[np.int64]
-    half: NDArray[np.int64]
-    particle: list[str] | None
-    dose_before: Array | None
-
-
-def _halves(half: NDArray[np.int64], names: Sequence[str]) -> list[Any]:
-    """The halves as given where every particle has one, else by name."""
-    if np.isin(half, (1, 2)).all():
-        return [int(h) for h in half]
-    return [half_of(name) for name in names]
-
-
-def series_file(
-    set_name: str, name: str, series: SeriesLike, tomogram: TomogramLike, optics: OpticsLike, seen: NDArray[np.bool_]
-) -> ParticleFile:
-    """The particle file of one tomogram of a set of tilt stacks; its `stack` is still to be written.
-
-    Args:
-        series: its particles, of one optics group.
-        seen: (N, T) which images there are.
-
-    Raises:
-        InputError: the tomogram has no alignment.
-    """
-    found, ctf = tomogram.alignment, tomogram.ctf
-    if found is None:
-        raise InputError(f"{name} has no alignment", None, "export the particles with their tomograms.star")
-    count = len(found.tilt)
-    zeros = np.zeros(count)
-    hand = -1 if ctf is None or (ctf.handedness or -1) < 0 else 1
-    height = np.einsum("tj,nj->nt", found.matrices()[:, 2], series.xyz)
-    mean = None if ctf is None else (ctf.defocus_u + ctf.defocus_v) / 2 + hand * height
-    before = zeros if tomogram.dose_before is None else tomogram.dose_before
-    dose = zeros
-    if tomogram.dose_before is not None:
-        dose = np.full(count, tomogram.dose) if tomogram.dose else np.array(doses_from_before(before))
-    ids = [f"{name}.{i:06d}" for i in range(len(series.xyz))]
-    halves = _halves(series.half, ids)
-    points = _points(series.xyz)
-    use = np.ones(count, bool) if tomogram.scale is None else tomogram.scale > 0
-    particles = tuple(
-        Particle(
-            id=ids[i],
-            xyz=points[i],
-            centre=points[i],
-            rot=float(series.rot[i]),
-            tilt=float(series.tilt[i]),
-            psi=float(series.psi[i]),
-            half=halves[i],
-            parent=series.name[i],
-            defocus=None if mean is None else _row(mean[i]),
-            visible=tuple(int(v) for v in seen[i]),
-        )
-        for i in range(len(ids))
-    )
-    return ParticleFile(
-        set=set_name,
-        name=name,
-        box=optics.box,
-        pixel_size=optics.pixel_size,
-        ctf_premultiplied=optics.premultiplied,
-        optics=Optics(voltage=optics.voltage, cs=optics.cs, amplitude_contrast=optics.amplitude_contrast),
-        tilts=ParticleTilts(
-            axis=_row(found.axis),
-            tilt=_row(found.tilt),
-            xtilt=_row(found.xtilt),
-            magnification=_row(found.magnification),
-            dose=_row(dose),
-            dose_before=_row(before),
-            use=tuple(bool(v) for v in use & found.use),
-            astigmatism=_row(zeros if ctf is None else (ctf.defocus_u - ctf.defocus_v) / 2),
-            astigmatism_angle=_row(zeros if ctf is None else ctf.angle),
-            phase_shift=_row(zeros if ctf is None else ctf.phase_shift),
-        ),
-        defocus_handedness=hand,
-        particles=particles,
-    )
-
-
-def flat_groups(flat: FlatLike) -> list[NDArray[np.int64]]:
-    """The rows of 2-D particles that can share a particle file: those of one optics group and one dose before."""
-    dose = np.zeros(len(flat.rot)) if flat.dose_before is None else flat.dose_before
-    keys = np.stack([flat.group.astype(np.float64), dose], axis=1)
-    _, inverse = np.unique(keys, axis=0, return_inverse=True)
-    inverse = inverse.reshape(-1)
-    return [np.flatnonzero(inverse == k) for k in range(int(inverse.max()) + 1)]
-
-
-def flat_file(set_name: str, name: str, flat: FlatLike, rows: NDArray[np.int64], optics: OpticsLike) -> ParticleFile:
-    """2-D particles as a tilt series of one tilt whose frame is the image's; its `stack` is still to be written.
-
-    The pose is that of the image (T is the identity), the position is where the particle is in its image, and the CTF is
-    each particle's own.
-
-    Args:
-        rows: which of the particles, one of `flat_groups`.
-    """
-    zero, one = (0.0,), (1.0,)
-    before = zero if flat.dose_before is None else (float(flat.dose_before[rows[0]]),)
-    ids = [f"{name}.{i:06d}" for i in range(len(rows))]
-    parents = [None if flat.particle is None else flat.particle[row] for row in rows]
-    halves = _halves(flat.half[rows], [parent or own for parent, own in zip(parents, ids, strict=True)])
-    particles = tuple(
-        Particle(
-            id=ids[i],
-            xyz=(float(flat.dx[row]), float(flat.dy[row]), 0.0),
-            centre=(0.0, 0.0, 0.0),
-            rot=float(flat.rot[row]),
-            tilt=float(flat.tilt[row]),
-            psi=float(flat.psi[row]),
-            half=halves[i],
-            parent=parents[i],
-            defocus=(float(flat.defocus_u[row] + flat.defocus_v[row]) / 2,),
-            astigmatism=(float(flat.defocus_u[row] - flat.defocus_v[row]) / 2,),
-            astigmatism_angle=(float(flat.defocus_angle[row]),),
-            phase_shift=(float(flat.phase_shift[row]),),
-            visible=(1,),
-        )
-        for i, row in enumerate(rows)
-    )
-    return ParticleFile(
-        set=set_name,
-        name=name,
-        box=optics.box,
-        pixel_size=optics.pixel_size,
-        ctf_premultiplied=optics.premultiplied,
-        optics=Optics(voltage=optics.voltage, cs=optics.cs, amplitude_contrast=optics.amplitude_contrast),
-        tilts=ParticleTilts(
-            axis=zero,
-            tilt=zero,
-            xtilt=zero,
-            magnification=one,
-            dose=zero,
-            dose_before=before,
-            use=(True,),
-            astigmatism=zero,
-            astigmatism_angle=zero,
-            phase_shift=zero,
-        ),
-        particles=particles,
-    )
-
-
-def float16_scale(sample: NDArray[Any]) -> float:
+def float16_scale(samples: Iterable[NDArray[Any]]) -> float:
     """The factor that gives images unit spread, so that any unit of theirs fits into float16.
 
     Args:
-        sample: some of the set's images, any shape.
+        samples: some of the set's images, arrays of any shape.
 
     Raises:
         InputError: they are constant, or not finite.
     """
-    deviation = float(np.asarray(sample, dtype=np.float64).std())
-    if not np.isfinite(deviation) or deviation <= 0:
+    count, total, squares = 0, 0.0, 0.0
+    for sample in samples:
+        values = sample.astype(np.float64)
+        count, total, squares = count + values.size, total + values.sum(), squares + np.square(values).sum()
+    variance = squares / max(count, 1) - (total / max(count, 1)) ** 2
+    if not np.isfinite(variance) or variance <= 0:
         raise InputError("images are constant or not finite", None, "export the particles again")
-    return 1.0 / deviation
+    return float(variance**-0.5)
 
 
 def as_float16(images: NDArray[Any], scale: float) -> NDArray[np.float16]:

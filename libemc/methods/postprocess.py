@@ -32,6 +32,9 @@ PROTEIN_DENSITY = 0.81
 SAME_GRID = 1e-3
 """Relative difference of two pixel sizes that is still taken for rounding: a twentieth of a pixel over 50 pixels."""
 
+WHOLE = 0.05
+"""Pixels by which two samplings of a field may differ in length and still count as fitting."""
+
 MASK_ROUNDING = 0.01
 """How far a mask may leave 0 ... 1: what resampling one does."""
 
@@ -246,9 +249,10 @@ def compare(a: Tensor, b: Tensor, pixel_size: float) -> Comparison:
 
 
 def resampled_size(size: int, step: float) -> int:
-    """Samples of an axis of `size` at `step` times the pixel size: the nearest number, even or odd as `size` is."""
-    parity = size % 2
-    return max(2 * round((size / step - parity) / 2) + parity, 1)
+    """Samples of an axis of `size` at `step` times the pixel size: a whole number that fits, or the nearest even one."""
+    exact = size / step
+    whole = round(exact)
+    return max(whole if abs(exact - whole) < WHOLE else 2 * round(exact / 2), 1)
 
 
 def _interpolation(size: int, new: int, step: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Tomograms: filtered back-projection by the adjoint of the forward model, tile by tile, in bounded memory.
 
-Every image is binned and filtered once (`prepare_images`). A tile is then a small specimen of its own: the patch of each
-image around its projection, with the CTF at its own height, goes through the adjoint of `extract_slices`; tiles overlap
+Every image is binned and filtered once (`prepare_images`). A tile is then a small specimen of its own: the patch of
+each image around its projection, with the CTF at its own height, goes through the adjoint of `extract_slices`; tiles overlap
 a little and are blended with weights that add up to one (`reconstruct`). The filter is the sampled weight of the
 geometry, not a guessed ramp: a coefficient counts the less, the more other tilts have measured it too, to within the
 resolution in Fourier space that the specimen's thickness allows (Harauz & van Heel 1986, Optik 73:146; any geometry:
@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from os import PathLike, fspath
+from typing import Any, Literal
 
 import numba
 import numpy as np
@@ -32,11 +33,14 @@ from libemc.numerics.dose import exposure_filter
 from libemc.numerics.filters import normalise, taper_edges
 from libemc.numerics.masks import cosine_edge
 from libemc.numerics.slices import Backprojection, Band
-from libemc.records import TiltSeriesRecord, need
+from libemc.records import TiltSeriesRecord, Tomogram, need
 
 PAYLOAD = 1 / 3  # of a tile's box on each side of its centre: beyond, the kernel's replicas exceed 4 %
-SMALLEST_TILE, LARGEST_TILE = 48, 288  # box in voxels; beyond, Fourier transforms leave the cache
-SECONDS_PER_VOXEL, SECONDS_PER_COEFFICIENT = 9e-9, 47e-9  # of a tile, measured at 2.5 GHz: how `Tiling` weighs sizes
+SMALLEST_TILE, LARGEST_TILE = (
+    48,
+    200,
+)  # box in voxels; beyond, the transforms' arrays (> 32 MB) are mapped afresh each time
+SECONDS_PER_VOXEL, SECONDS_PER_COEFFICIENT = 11e-9, 49e-9  # of a tile, measured at 2.5 GHz: how `Tiling` weighs sizes
 BYTES_PER_VOXEL = 18  # of a tile at work: half volume, spectrum, two transforms
 LEAST_OVERLAP = 8  # voxels over which neighbouring tiles are blended
 DAMAGE_NOISE = 0.1  # added to the sampled weights with dose weighting: what is destroyed is not amplified
@@ -135,17 +139,20 @@ class Tiling:
             overlap = max(LEAST_OVERLAP, box // 16)
             whole = 2 * int(box * PAYLOAD)
             counts = [1 if n <= whole else math.ceil(n / (whole - overlap)) for n in shape]
-            seconds = math.prod(counts) * (
-                SECONDS_PER_VOXEL * box**3 + SECONDS_PER_COEFFICIENT * tilts * math.pi / 8 * box**2
-            )
+            cuts = [tuple(n * i // c for i in range(c + 1)) for n, c in zip(shape, counts, strict=True)]
+            tiling = Tiling(box, tuple(cuts), overlap)
+            seconds = len(tiling) * tiling.seconds(tilts)
             if best is None or seconds < best[0]:
-                cuts = [tuple(n * i // c for i in range(c + 1)) for n, c in zip(shape, counts, strict=True)]
-                best = seconds, Tiling(box, tuple(cuts), overlap)
+                best = seconds, tiling
         assert best is not None
         return best[1]
 
     def __len__(self) -> int:
         return math.prod(len(e) - 1 for e in self.edges)
+
+    def seconds(self, tilts: int) -> float:
+        """Estimate of the time that one tile takes one core."""
+        return SECONDS_PER_VOXEL * self.box**3 + SECONDS_PER_COEFFICIENT * tilts * math.pi / 8 * self.box**2
 
     @property
     def keep(self) -> tuple[int, int, int]:
@@ -184,8 +191,8 @@ def _density(normal, weights, shell, scale, out):  # type: ignore[no-untyped-def
             first, last = 0, columns  # beyond them, |base + step·x| >= 1
             if step != 0:
                 a, b = (-1 - base) / step, (1 - base) / step
-                first = max(0, int(math.floor(max(min(a, b), -1.0))))
-                last = int(math.ceil(max(min(max(a, b), float(columns)), 0.0)))
+                first = max(0, math.floor(max(min(a, b), -1.0)))
+                last = math.ceil(max(min(max(a, b), float(columns)), 0.0))
             elif abs(base) >= 1:
                 last = 0
             for x in range(first, last):
@@ -217,6 +224,21 @@ class Weighting:
     doses: Tensor | None = None
     voltage: float = 300.0
     lowpass: float | None = None
+
+    @staticmethod
+    def of(record: TiltSeriesRecord, grid: Grid, tilts: Sequence[int], dose: bool, lowpass: float | None) -> Weighting:
+        """For some tilts of a record: its specimen's thickness, or that of the grid; its doses, if wanted and known."""
+        alignment, t = need(record, "alignment"), record.tilts
+        doses = None
+        if dose and t.dose is not None and t.dose_before is not None:
+            doses = torch.tensor([t.dose[j] + t.dose_before[j] for j in tilts])
+        thickness = alignment.thickness or grid.shape[0] * grid.pixel_size
+        return Weighting(thickness, doses, record.source.voltage, lowpass)
+
+    @property
+    def corrections(self) -> list[str]:
+        """What it does, in words."""
+        return ["dose"] * (self.doses is not None) + [f"lowpass {self.lowpass:g}"] * (self.lowpass is not None)
 
 
 def filters(
@@ -390,7 +412,7 @@ class _Worker:
         return volume
 
     def _patches(self, positions: Tensor) -> Tensor:
-        """Spectra (T, n, n//2+1) of the patches around positions (T, 2) px from the image centre; zero beyond the image."""
+        """Spectra (T, n, n//2+1) of the patches at positions (T, 2) px from the image centre; zero beyond the image."""
         n = self.tiling.box
         rows, columns = self.images.shape[1:]
         at = positions + torch.tensor([columns // 2, rows // 2], dtype=torch.float64)
@@ -412,11 +434,12 @@ class _Worker:
         return spectra
 
 
-def working_memory(grid: Grid, tilts: int, threads: int, memory: float = math.inf) -> float:
-    """Estimate of the bytes that `reconstruct` takes beside the images."""
+def cost(grid: Grid, tilts: int, threads: int, memory: float = math.inf) -> tuple[float, float]:
+    """Estimates of the seconds and bytes that `reconstruct` takes; the images' own bytes aren't counted."""
     tiling = Tiling.of(grid.shape, tilts, memory / (2 * threads))
     slab = grid.shape[0] * (tiling.keep[1] + tiling.overlap) * grid.shape[2] * 8
-    return threads * (BYTES_PER_VOXEL * tiling.box**3 + 24 * tilts * tiling.box**2) + slab
+    workers = threads * (BYTES_PER_VOXEL * tiling.box**3 + 24 * tilts * tiling.box**2)
+    return len(tiling) * tiling.seconds(tilts) / threads, workers + slab
 
 
 def reconstruct(
@@ -479,3 +502,23 @@ def _in_order(
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+def tomogram_entry(
+    file: str | PathLike[str], grid: Grid, corrections: Sequence[str], half: Literal[1, 2] | None
+) -> Tomogram:
+    """What the record says about a tomogram."""
+    return Tomogram(
+        file=fspath(file),
+        pixel_size=grid.pixel_size,
+        shape=grid.shape,
+        corrections=tuple(corrections),
+        half=half,
+        centre=grid.centre,
+    )
+
+
+def with_tomogram(record: TiltSeriesRecord, made: Tomogram) -> TiltSeriesRecord:
+    """The record with a tomogram in the place of any of the same file."""
+    others = tuple(t for t in record.tomograms if t.file != made.file)
+    return record.model_copy(update={"tomograms": (*others, made)})

@@ -35,6 +35,9 @@ REACH = 1.5  # half width of the interpolation kernel, in voxels of the padded t
 DESIGN_EXTENT = 0.3  # |x| / padded box up to which replicas are kept low; a full box padded 1.5 times reaches 1/3
 HALO = 2  # columns at x < 0: the kernel reaches 1.5
 BLOCK = 16  # coefficients located (and fetched ahead) together
+SWEEP = (
+    512  # coefficients that all images go through before the next: with lists in ring order, one shell stays in cache
+)
 
 
 def half_size(radius: float, padding: float) -> int:
@@ -45,6 +48,16 @@ def half_size(radius: float, padding: float) -> int:
 def volume_shape(half: int) -> tuple[int, int, int]:
     """Shape (z, y, x) of a haloed half volume."""
     return 2 * half + 1, 2 * half + 1, half + 2 + HALO
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Zeros for a volume that is read or written at scattered places.
+
+    On the CPU numpy allocates them: it asks the system for huge pages, without which half the time goes into page tables.
+    """
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(shape, dtype=str(dtype).removeprefix("torch.")))
 
 
 # ------------------------------------------------------------------------------------------------ the kernel itself
@@ -241,22 +254,23 @@ def _gather(volume, half, points, rows, c, out):  # type: ignore[no-untyped-def]
     base = np.empty(BLOCK, np.int64)
     frac = np.empty((4, BLOCK), rows.dtype)
     one = rows.dtype.type(1)
-    for b in range(rows.shape[0]):
-        for first in range(0, count, BLOCK):
-            last = min(count, first + BLOCK)
-            _locate(half, points, rows[b], first, last, base, frac)
-            for j in range(last - first):
-                for r in range(9):
-                    _prefetch(volume, 2 * (base[j] + (r // 3) * plane + (r % 3) * row))
-            for j in range(last - first):
-                tx, ty, tz = frac[0, j], frac[1, j], frac[2, j]
-                y = (_tap(ty + one, c), _tap(ty, c), _tap(ty - one, c))
-                z = (_tap(tz + one, c), _tap(tz, c), _tap(tz - one, c))
-                s = _row_sum(volume, 2 * base[j], 2 * row, 2 * plane, y, z)
-                x0, x1, x2 = _tap(tx + one, c), _tap(tx, c), _tap(tx - one, c)
-                k = 2 * (first + j)
-                out[b, k] = x0 * s[0] + x1 * s[2] + x2 * s[4]
-                out[b, k + 1] = frac[3, j] * (x0 * s[1] + x1 * s[3] + x2 * s[5])
+    for sweep in range(0, count, SWEEP):
+        for b in range(rows.shape[0]):
+            for first in range(sweep, min(count, sweep + SWEEP), BLOCK):
+                last = min(count, first + BLOCK)
+                _locate(half, points, rows[b], first, last, base, frac)
+                for j in range(last - first):
+                    for r in range(9):
+                        _prefetch(volume, 2 * (base[j] + (r // 3) * plane + (r % 3) * row))
+                for j in range(last - first):
+                    tx, ty, tz = frac[0, j], frac[1, j], frac[2, j]
+                    y = (_tap(ty + one, c), _tap(ty, c), _tap(ty - one, c))
+                    z = (_tap(tz + one, c), _tap(tz, c), _tap(tz - one, c))
+                    s = _row_sum(volume, 2 * base[j], 2 * row, 2 * plane, y, z)
+                    x0, x1, x2 = _tap(tx + one, c), _tap(tx, c), _tap(tx - one, c)
+                    k = 2 * (first + j)
+                    out[b, k] = x0 * s[0] + x1 * s[2] + x2 * s[4]
+                    out[b, k + 1] = frac[3, j] * (x0 * s[1] + x1 * s[3] + x2 * s[5])
 
 
 @_jit
@@ -268,34 +282,35 @@ def _gather_slope(volume, half, points, rows, c, out):  # type: ignore[no-untype
     base = np.empty(BLOCK, np.int64)
     frac = np.empty((4, BLOCK), rows.dtype)
     one = rows.dtype.type(1)
-    for b in range(rows.shape[0]):
-        for first in range(0, count, BLOCK):
-            last = min(count, first + BLOCK)
-            _locate(half, points, rows[b], first, last, base, frac)
-            for j in range(last - first):
-                for r in range(9):
-                    _prefetch(volume, 2 * (base[j] + (r // 3) * plane + (r % 3) * row))
-            for j in range(last - first):
-                tx, ty, tz, sign = frac[0, j], frac[1, j], frac[2, j], frac[3, j]
-                y = (_tap(ty + one, c), _tap(ty, c), _tap(ty - one, c))
-                z = (_tap(tz + one, c), _tap(tz, c), _tap(tz - one, c))
-                dy = (_tap_slope(ty + one, c), _tap_slope(ty, c), _tap_slope(ty - one, c))
-                dz = (_tap_slope(tz + one, c), _tap_slope(tz, c), _tap_slope(tz - one, c))
-                x0, x1, x2 = _tap(tx + one, c), _tap(tx, c), _tap(tx - one, c)
-                u0, u1, u2 = _tap_slope(tx + one, c), _tap_slope(tx, c), _tap_slope(tx - one, c)
-                s = _row_sum(volume, 2 * base[j], 2 * row, 2 * plane, y, z)
-                sy = _row_sum(volume, 2 * base[j], 2 * row, 2 * plane, dy, z)
-                sz = _row_sum(volume, 2 * base[j], 2 * row, 2 * plane, y, dz)
-                k = 8 * (first + j)
-                out[b, k] = x0 * s[0] + x1 * s[2] + x2 * s[4]
-                out[b, k + 1] = sign * (x0 * s[1] + x1 * s[3] + x2 * s[5])
-                # at the mate the point moves the other way (sign), and the value is conjugated (sign again)
-                out[b, k + 2] = sign * (u0 * s[0] + u1 * s[2] + u2 * s[4])
-                out[b, k + 3] = u0 * s[1] + u1 * s[3] + u2 * s[5]
-                out[b, k + 4] = sign * (x0 * sy[0] + x1 * sy[2] + x2 * sy[4])
-                out[b, k + 5] = x0 * sy[1] + x1 * sy[3] + x2 * sy[5]
-                out[b, k + 6] = sign * (x0 * sz[0] + x1 * sz[2] + x2 * sz[4])
-                out[b, k + 7] = x0 * sz[1] + x1 * sz[3] + x2 * sz[5]
+    for sweep in range(0, count, SWEEP):
+        for b in range(rows.shape[0]):
+            for first in range(sweep, min(count, sweep + SWEEP), BLOCK):
+                last = min(count, first + BLOCK)
+                _locate(half, points, rows[b], first, last, base, frac)
+                for j in range(last - first):
+                    for r in range(9):
+                        _prefetch(volume, 2 * (base[j] + (r // 3) * plane + (r % 3) * row))
+                for j in range(last - first):
+                    tx, ty, tz, sign = frac[0, j], frac[1, j], frac[2, j], frac[3, j]
+                    y = (_tap(ty + one, c), _tap(ty, c), _tap(ty - one, c))
+                    z = (_tap(tz + one, c), _tap(tz, c), _tap(tz - one, c))
+                    dy = (_tap_slope(ty + one, c), _tap_slope(ty, c), _tap_slope(ty - one, c))
+                    dz = (_tap_slope(tz + one, c), _tap_slope(tz, c), _tap_slope(tz - one, c))
+                    x0, x1, x2 = _tap(tx + one, c), _tap(tx, c), _tap(tx - one, c)
+                    u0, u1, u2 = _tap_slope(tx + one, c), _tap_slope(tx, c), _tap_slope(tx - one, c)
+                    s = _row_sum(volume, 2 * base[j], 2 * row, 2 * plane, y, z)
+                    sy = _row_sum(volume, 2 * base[j], 2 * row, 2 * plane, dy, z)
+                    sz = _row_sum(volume, 2 * base[j], 2 * row, 2 * plane, y, dz)
+                    k = 8 * (first + j)
+                    out[b, k] = x0 * s[0] + x1 * s[2] + x2 * s[4]
+                    out[b, k + 1] = sign * (x0 * s[1] + x1 * s[3] + x2 * s[5])
+                    # at the mate the point moves the other way (sign), and the value is conjugated (sign again)
+                    out[b, k + 2] = sign * (u0 * s[0] + u1 * s[2] + u2 * s[4])
+                    out[b, k + 3] = u0 * s[1] + u1 * s[3] + u2 * s[5]
+                    out[b, k + 4] = sign * (x0 * sy[0] + x1 * sy[2] + x2 * sy[4])
+                    out[b, k + 5] = x0 * sy[1] + x1 * sy[3] + x2 * sy[5]
+                    out[b, k + 6] = sign * (x0 * sz[0] + x1 * sz[2] + x2 * sz[4])
+                    out[b, k + 7] = x0 * sz[1] + x1 * sz[3] + x2 * sz[5]
 
 
 @_jit
@@ -307,21 +322,22 @@ def _scatter(volume, half, points, rows, c, values):  # type: ignore[no-untyped-
     base = np.empty(BLOCK, np.int64)
     frac = np.empty((4, BLOCK), rows.dtype)
     one = rows.dtype.type(1)
-    for b in range(rows.shape[0]):
-        for first in range(0, count, BLOCK):
-            last = min(count, first + BLOCK)
-            _locate(half, points, rows[b], first, last, base, frac)
-            for j in range(last - first):
-                for r in range(9):
-                    _prefetch(volume, 2 * (base[j] + (r // 3) * plane + (r % 3) * row))
-            for j in range(last - first):
-                tx, ty, tz = frac[0, j], frac[1, j], frac[2, j]
-                x = (_tap(tx + one, c), _tap(tx, c), _tap(tx - one, c))
-                y = (_tap(ty + one, c), _tap(ty, c), _tap(ty - one, c))
-                z = (_tap(tz + one, c), _tap(tz, c), _tap(tz - one, c))
-                k = 2 * (first + j)
-                v = (values[b, k], frac[3, j] * values[b, k + 1])
-                _rows_add(volume, 2 * base[j], 2 * row, 2 * plane, x, y, z, v)
+    for sweep in range(0, count, SWEEP):
+        for b in range(rows.shape[0]):
+            for first in range(sweep, min(count, sweep + SWEEP), BLOCK):
+                last = min(count, first + BLOCK)
+                _locate(half, points, rows[b], first, last, base, frac)
+                for j in range(last - first):
+                    for r in range(9):
+                        _prefetch(volume, 2 * (base[j] + (r // 3) * plane + (r % 3) * row))
+                for j in range(last - first):
+                    tx, ty, tz = frac[0, j], frac[1, j], frac[2, j]
+                    x = (_tap(tx + one, c), _tap(tx, c), _tap(tx - one, c))
+                    y = (_tap(ty + one, c), _tap(ty, c), _tap(ty - one, c))
+                    z = (_tap(tz + one, c), _tap(tz, c), _tap(tz - one, c))
+                    k = 2 * (first + j)
+                    v = (values[b, k], frac[3, j] * values[b, k + 1])
+                    _rows_add(volume, 2 * base[j], 2 * row, 2 * plane, x, y, z, v)
 
 
 @_jit
@@ -334,21 +350,22 @@ def _scatter_weighted(volume, half, points, rows, c, values, weights):  # type: 
     frac = np.empty((4, BLOCK), rows.dtype)
     one = rows.dtype.type(1)
     zero = rows.dtype.type(0)
-    for b in range(rows.shape[0]):
-        for first in range(0, count, BLOCK):
-            last = min(count, first + BLOCK)
-            _locate(half, points, rows[b], first, last, base, frac)
-            for j in range(last - first):
-                for r in range(9):
-                    _prefetch(volume, 4 * (base[j] + (r // 3) * plane + (r % 3) * row))
-            for j in range(last - first):
-                tx, ty, tz = frac[0, j], frac[1, j], frac[2, j]
-                x = (_tap(tx + one, c), _tap(tx, c), _tap(tx - one, c))
-                y = (_tap(ty + one, c), _tap(ty, c), _tap(ty - one, c))
-                z = (_tap(tz + one, c), _tap(tz, c), _tap(tz - one, c))
-                k = first + j
-                v = (values[b, 2 * k], frac[3, j] * values[b, 2 * k + 1], weights[b, k], zero)
-                _rows_add(volume, 4 * base[j], 4 * row, 4 * plane, x, y, z, v)
+    for sweep in range(0, count, SWEEP):
+        for b in range(rows.shape[0]):
+            for first in range(sweep, min(count, sweep + SWEEP), BLOCK):
+                last = min(count, first + BLOCK)
+                _locate(half, points, rows[b], first, last, base, frac)
+                for j in range(last - first):
+                    for r in range(9):
+                        _prefetch(volume, 4 * (base[j] + (r // 3) * plane + (r % 3) * row))
+                for j in range(last - first):
+                    tx, ty, tz = frac[0, j], frac[1, j], frac[2, j]
+                    x = (_tap(tx + one, c), _tap(tx, c), _tap(tx - one, c))
+                    y = (_tap(ty + one, c), _tap(ty, c), _tap(ty - one, c))
+                    z = (_tap(tz + one, c), _tap(tz, c), _tap(tz - one, c))
+                    k = first + j
+                    v = (values[b, 2 * k], frac[3, j] * values[b, 2 * k + 1], weights[b, k], zero)
+                    _rows_add(volume, 4 * base[j], 4 * row, 4 * plane, x, y, z, v)
 
 
 # ------------------------------------------------------------------------------------------------ portable torch

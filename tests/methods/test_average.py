@@ -72,9 +72,9 @@ def test_wiener_filter_follows_the_fsc() -> None:
     maps = average.half_maps([particle_set(density, 60, 4.0, noise=6.0)], MEMORY)
     done = average.finish(maps, mask, 4.0, seed=0)
     against = fourier_shell_correlation(done.average * mask, density * mask).values
-    half = done.fsc.corrected.values.clamp(0, 1)
+    half = done.corrected.clamp(0, 1)
     promised = (2 * half / (1 + half)).sqrt()  # correlation of the whole with the truth, Rosenthal & Henderson 2003
-    top = average.last_shell(done.fsc.corrected.values)
+    top = average.last_shell(done.corrected)
     assert 4 <= top < 14
     # 0.1: standard error of a shell's FSC with a few hundred coefficients
     assert abs(against[2:top] - promised[2:top]).mean() < 0.1

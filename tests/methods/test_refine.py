@@ -115,8 +115,8 @@ def test_pure_noise_gives_no_signal_beyond_the_start() -> None:
     (found,) = refine.iterate([particles], halves, refine.Search(80.0, 10.0), exhaustive=True, memory=MEMORY)
     done = average.finish(average.half_maps([found], MEMORY), mask, PIXEL, seed=0)
     beyond = int(BOX * PIXEL / 80.0) + 2
-    assert done.fsc.corrected.values[beyond:].mean() < 0.1
-    assert done.fsc.unmasked.values[beyond:].max() < 0.25
+    assert done.corrected[beyond:].mean() < 0.1
+    assert done.fsc.curves["unmasked"].values[beyond:].max() < 0.25
 
 
 def test_steps_go_from_global_to_local_and_end() -> None:
