@@ -4,8 +4,10 @@ export. Sees formats, records and methods together, as `project` does; the conve
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,22 +18,154 @@ from numpy.typing import ArrayLike, NDArray
 from libemc import records
 from libemc.errors import InputError
 from libemc.io import geometry, mrc, relion
-from libemc.io.files import read_json, resolve
+from libemc.io.acquisition import Acquisition, read_acquisition
+from libemc.io.detect import read_alignment
+from libemc.io.files import read_json, read_table, resolve
 from libemc.io.picks import read_picks
 from libemc.io.star import read_star
 from libemc.io.truth import is_truth, read_truth
 from libemc.methods import import_series
+from libemc.methods.export import image_table
+from libemc.methods.simulate import order_of_tilts
+from libemc.methods.subtilts import Particles
 from libemc.records import Optics, Particle, ParticleFile, ParticleTilts, TiltSeriesRecord, half_of
 
 SAMPLED = 4
 """Particles of each tilt series that the scale of a set is measured on."""
-SPARSE = 16
+AT_ONCE = 64
 """Images read at once on the way out."""
 
 Images = NDArray[np.float32]
 
 
-# -------------------------------------------------------------------------------------- sections of a tilt series
+# -------------------------------------------------------------------------------------------- a raw tilt series
+
+ORDERS = {"sequential": "continuous", "dose-symmetric": "dose-symmetric"}
+"""Orders of exposure by name, and what the simulator calls them."""
+DEFAULT_VOLTAGE = 300.0
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the user says of raw stacks; None: what the files say. Å, degrees, e/Å², kV, mm.
+
+    Attributes:
+        rawtlt, mdoc: files of angles.
+        tilt_start, tilt_step: angle of the first image, and from image to image.
+        ignore_header: whether `pixel_size` is taken where files contradict it.
+        dose: of each exposure.
+        dose_order: a name in `ORDERS`, or a file that lists the order.
+        contrast: dark or bright.
+        place: "copy" or "link" the stack into the project, or "" to leave it where it is.
+    """
+
+    rawtlt: Path | None
+    mdoc: Path | None
+    tilt_start: float | None
+    tilt_step: float | None
+    pixel_size: float | None
+    ignore_header: bool
+    voltage: float | None
+    cs: float
+    amplitude_contrast: float
+    axis: float | None
+    dose: float | None
+    dose_order: str | None
+    contrast: Literal["dark", "bright"]
+    place: str
+
+    def __post_init__(self) -> None:
+        if (self.tilt_start is None) != (self.tilt_step is None):
+            raise InputError("--tilt-start and --tilt-step go together", remedy="give both")
+        if self.ignore_header and self.pixel_size is None:
+            raise InputError("--ignore-header without --pixel-size", remedy="give the pixel size")
+
+
+@dataclass(frozen=True)
+class RawSeries:
+    """A raw stack on its way in: its record with all tilts used, the stack mapped, the files read, what to warn of."""
+
+    record: TiltSeriesRecord
+    images: mrc.MrcImages
+    files: tuple[Path, ...]
+    warnings: tuple[str, ...]
+
+    def looked_at(self, progress: Callable[..., Iterator[NDArray[Any]]]) -> TiltSeriesRecord:
+        """The record after a look at every image, spoilt ones marked.
+
+        Raises:
+            InputError: no image can be used.
+        """
+        numbers = [
+            import_series.image_statistics(image) for image in progress(self.images.array, label=self.record.name)
+        ]
+        reasons = import_series.bad_images(numbers, self.record.tilts.nominal)
+        if all(reasons):
+            raise InputError(f"no image can be used: image 0 is {reasons[0]}", self.images.path, "check the file")
+        return self.record.model_copy(update={"tilts": import_series.without_bad(self.record.tilts, reasons)})
+
+
+def raw_series(path: Path, told: Told, project: Path) -> RawSeries:
+    """A raw stack with the files beside it.
+
+    Raises:
+        InputError: the stack or a file can't be read or is not of this stack, or they contradict each other.
+    """
+    images = mrc.open_stack(path, told.pixel_size if told.ignore_header else None)
+    if images.shape[0] < 2:
+        raise InputError("holds one image", path, "give a stack with an image for each tilt")
+    step = None if told.tilt_start is None or told.tilt_step is None else (told.tilt_start, told.tilt_step)
+    found = read_acquisition(path, images.shape[0], told.rawtlt, told.mdoc, step)
+    tilts, warning = _tilts(found, told)
+    sizes = {"--pixel-size": told.pixel_size, str(path): images.pixel_size}
+    if found.mdoc and not told.ignore_header:
+        sizes[f"the .mdoc of {path.name}"] = found.mdoc.pixel_size
+    absolute = Path(os.path.abspath(path))
+    origin = str(absolute.relative_to(project) if absolute.is_relative_to(project) else absolute)
+    axis = found.mdoc.tilt_axis if told.axis is None and found.mdoc else told.axis
+    source = records.Source(
+        stack=f"tiltseries/{path.name}" if told.place else origin,
+        shape=images.shape,
+        pixel_size=import_series.same_pixel_size(sizes),
+        voltage=told.voltage or (found.mdoc and found.mdoc.voltage) or DEFAULT_VOLTAGE,
+        cs=told.cs,
+        amplitude_contrast=told.amplitude_contrast,
+        tilt_axis=axis,
+        contrast=told.contrast,
+        origin=origin,
+    )
+    record = TiltSeriesRecord(name=path.stem, source=source, tilts=tilts)
+    return RawSeries(record, images, found.files, tuple(text for text in (found.ignored, warning) if text))
+
+
+def _tilts(found: Acquisition, told: Told) -> tuple[records.Tilts, str | None]:
+    """Angles, order and doses of a stack, and what to warn of."""
+    nominal, mdoc, warning = found.nominal, found.mdoc, None
+    order: Sequence[int] | None = None if mdoc is None or mdoc.order is None else mdoc.order.tolist()
+    dose: Sequence[float] | None = None if mdoc is None or mdoc.dose is None else mdoc.dose.tolist()
+    before = mdoc.dose_before if mdoc and told.dose is None and told.dose_order is None else None
+    if told.dose_order in ORDERS:
+        order = order_of_tilts(nominal.tolist(), ORDERS[told.dose_order])
+    elif told.dose_order is not None:
+        try:
+            order = import_series.exposure_order([row[0] for row in read_table(told.dose_order)], nominal)
+        except InputError as error:
+            raise InputError(error.what, error.where or told.dose_order, error.remedy) from None
+    if told.dose is not None:
+        dose = (told.dose,) * len(nominal)
+    if dose is None and before is None:
+        warning = "no doses are known: particles and tomograms will not be weighted by dose"
+    elif order is None and before is None:
+        warning = "the order of exposure is taken for dose-symmetric; --dose-order says otherwise"
+        order = order_of_tilts(nominal.tolist())
+    return import_series.tilts_section(nominal, order, dose, None if before is None else before.tolist()), warning
+
+
+# ------------------------------------------------------------------------------------- sections that others found
+
+
+DISTORTION = 0.01
+"""Shear of an .xf from which on it is worth a warning: 1 % moves the edge of a 4k image by 20 pixels."""
 
 
 def _row(values: ArrayLike) -> tuple[float, ...]:
@@ -40,6 +174,43 @@ def _row(values: ArrayLike) -> tuple[float, ...]:
 
 def _points(values: NDArray[np.float64]) -> tuple[tuple[float, float, float], ...]:
     return tuple((float(x), float(y), float(z)) for x, y, z in values)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is to be done to a tilt series' record, the line that says so, and what to warn of."""
+
+    apply: Callable[[TiltSeriesRecord], TiltSeriesRecord]
+    line: str
+    warnings: tuple[str, ...] = ()
+
+
+def alignment_change(given: Sequence[Path], record: TiltSeriesRecord) -> Change:
+    """An alignment, and the CTF where it is said, in the files of another package.
+
+    Raises:
+        InputError: files that can't be read, or are of another stack, or leave no tilt to use.
+    """
+    source = record.source
+    aligned, ctf = read_alignment(
+        given,
+        shape=source.shape[1:],
+        pixel_size=source.pixel_size,
+        nominal=np.array(record.tilts.nominal),
+        name=record.name,
+    )
+    use = with_alignment(record, aligned, ctf).tilts.use
+    if not any(use):
+        raise InputError("leaves no tilt to use", given[0], "check that it belongs to the stack")
+    warnings: tuple[str, ...] = ()
+    if aligned.distortion > DISTORTION:
+        warnings = (f"{record.name}: the transforms shear images by {aligned.distortion:.1%}, which is left out",)
+    lens = f"defocus {(ctf.defocus_u + ctf.defocus_v).mean() / 2:.0f} Å" if ctf else "no CTF"
+    line = (
+        f"{record.name}: alignment of {sum(use)}/{len(use)} tilts, {aligned.tilt.min():g} to {aligned.tilt.max():g} "
+        f"degrees, axis {np.median(aligned.axis):g}, {lens}"
+    )
+    return Change(functools.partial(with_alignment, found=aligned, ctf=ctf), line, warnings)
 
 
 def with_alignment(record: TiltSeriesRecord, found: geometry.Alignment, ctf: geometry.Ctf | None) -> TiltSeriesRecord:
@@ -98,9 +269,14 @@ def picks_section(found: geometry.Picks, source: str, chosen: NDArray[np.bool_] 
     return records.Picks(xyz=_points(found.xyz[rows]), source=source, **columns)
 
 
-def incoming_picks(
+def with_picks(record: TiltSeriesRecord, label: str, picks: records.Picks) -> TiltSeriesRecord:
+    """The record with these points under a label, in place of what it had there."""
+    return record.model_copy(update={"picks": {**record.picks, label: picks}})
+
+
+def picks_change(
     path: Path, record: TiltSeriesRecord, label: str, class_number: int | None, tomogram: Path | None
-) -> records.Picks:
+) -> Change:
     """Points of one tilt series from a file of any kind.
 
     Args:
@@ -126,10 +302,13 @@ def incoming_picks(
     picks = picks_section(found, str(path), chosen)
     _, rows, columns = record.source.shape
     half = np.hypot(rows, columns) * record.source.pixel_size / 2
-    if not (np.abs(np.array(picks.xyz)[:, :2]) <= half).all(axis=1).any():
+    outside = int((np.abs(np.array(picks.xyz)[:, :2]) > half).any(axis=1).sum())
+    if outside == len(picks.xyz):
         what = f"has no point within the images of {record.name}"
         raise InputError(what, path, "positions are in Å from the tomogram's centre")
-    return picks
+    warnings = (f"{outside} points of {path} lie outside the images of {record.name}",) if outside else ()
+    line = f"{record.name}: {len(picks.xyz)} {label}, {'with' if picks.rot else 'without'} angles"
+    return Change(functools.partial(with_picks, label=label, picks=picks), line, warnings)
 
 
 def _in_pixels(path: Path) -> bool:
@@ -317,6 +496,14 @@ class Incoming:
             images = self.block(int(place))
             yield images[images.any(axis=(1, 2))]
 
+    def write(self, target: Path, scale: float, progress: Callable[..., Iterator[Any]]) -> ParticleFile:
+        """Write the stack; gives the record that belongs to it."""
+        file = self.file.model_copy(update={"stack": str(target)})
+        with mrc.StackWriter(target, file.pixel_size, "float16") as writer:
+            for block in progress(self.blocks(scale), len(file.particles), file.name):
+                writer.append(block)
+        return file
+
     def blocks(self, scale: float) -> Iterator[NDArray[np.float16]]:
         """All images in the order of the stack, particle by particle, times `scale`."""
         for place, particle in enumerate(self.file.particles):
@@ -339,6 +526,8 @@ def _tomographic(
         series = series.mirrored()
     incoming = []
     for name in dict.fromkeys(series.tomogram):
+        if Path(name).name != name:
+            raise InputError(f"names a tomogram {name}", path, "a tilt series' name must do as a file name")
         own = series.of(name)
         if len(set(own.group.tolist())) > 1:
             raise InputError(f"{name} has particles of several optics groups", path, "export one group at a time")
@@ -437,3 +626,52 @@ def common_box(incoming: Sequence[Incoming], path: Path) -> tuple[int, float]:
     if len(found) > 1:
         raise InputError(f"has particles of several boxes or pixel sizes {sorted(found)}", path, "export one at a time")
     return incoming[0].file.box, incoming[0].file.pixel_size
+
+
+# ------------------------------------------------------------------------------------------------------------ the way out
+
+
+def relion31_table(series: Sequence[Particles], stacks: Mapping[str, Path]) -> relion.Particles2D:
+    """The used images of a set as 2-D particles of RELION 3.1, tilt series by tilt series.
+
+    What RELION 3.1 has no exposure filter for goes into its B-factor (`export.dose_bfactor`), unless the images are
+    multiplied by their CTF already, which then would not hold it.
+
+    Args:
+        stacks: where each tilt series' images will be, by name; the order there is that of the table.
+    """
+    groups: dict[tuple[float, float, float, bool], relion.OpticsGroup] = {}
+    columns: dict[str, list[Any]] = defaultdict(list)
+    for particles in series:
+        file, table = particles.file, image_table(particles)
+        lens = file.optics
+        key = (lens.voltage, lens.cs, lens.amplitude_contrast, file.ctf_premultiplied)
+        if key not in groups:
+            name = f"opticsGroup{len(groups) + 1}"
+            groups[key] = relion.OpticsGroup(name, file.pixel_size, file.box, *key)
+        tilts = table.tilt.tolist()
+        columns["image"] += [f"{row:06d}@{stacks[file.name]}" for row in range(1, len(table) + 1)]
+        columns["group"] += [list(groups).index(key)] * len(table)
+        columns["group_name"] += [file.name] * len(table)
+        columns["micrograph"] += [f"{file.name}_{tilt:03d}" for tilt in tilts]
+        columns["particle"] += [file.particles[index].id for index in table.particle.tolist()]
+        for name in ("rot", "psi", "defocus_u", "defocus_v", "defocus_angle", "phase_shift", "dose_before", "half"):
+            columns[name] += getattr(table, name).tolist()
+        columns["tilt"] += table.tilt_angle.tolist()
+        columns["dx"] += table.shift[:, 0].tolist()
+        columns["dy"] += table.shift[:, 1].tolist()
+        columns["bfactor"] += [0.0 if file.ctf_premultiplied else b for b in table.bfactor.tolist()]
+    values: dict[str, Any] = {name: columns.pop(name) for name in ("image", "group_name", "micrograph", "particle")}
+    integers = {name: np.array(columns.pop(name), dtype=np.int64) for name in ("group", "half")}
+    values |= integers | {name: np.array(column, dtype=np.float64) for name, column in columns.items()}
+    return relion.Particles2D(optics=list(groups.values()), **values)
+
+
+def write_used_images(particles: Particles, target: Path, progress: Callable[..., Iterator[Any]]) -> None:
+    """The images of `image_table` in its order, float32 (RELION 3.1 does not read float16)."""
+    table = image_table(particles)
+    numbers = (table.particle * len(particles.series.use) + table.tilt).numpy()
+    pieces = [numbers[start : start + AT_ONCE] for start in range(0, len(numbers), AT_ONCE)]
+    with mrc.StackWriter(target, particles.file.pixel_size) as writer:
+        for piece in progress(pieces, len(pieces), f"write {particles.file.name}"):
+            writer.append(np.asarray(particles.stack[piece], np.float32))

@@ -17,6 +17,7 @@ from libemc.errors import InputError
 from libemc.io import mrc
 from libemc.io.files import read_json, write_text
 from libemc.methods.average import Average, HalfMaps
+from libemc.methods.postprocess import resample
 from libemc.methods.refine import Done, Step, filtered_references
 from libemc.methods.subtilts import Particles
 from libemc.numerics import fourier
@@ -24,6 +25,8 @@ from libemc.view import plots
 
 PIXEL_SIZE_TOLERANCE = 1e-3
 """Relative difference below which two pixel sizes are the same: headers keep six digits of a cell's length."""
+HEADER_TOLERANCE = 0.005
+"""The same for a raw stack and its record: microscopes write rounded sizes, and import takes them for one number."""
 
 
 def open_particles(
@@ -58,18 +61,34 @@ def open_particles(
     return head, series
 
 
+def open_raw_stack(record: records.TiltSeriesRecord) -> mrc.MrcImages:
+    """The raw images of a tilt series, mapped; the record and the stack's header must say the same of them.
+
+    Raises:
+        InputError: the stack is missing or damaged, or its shape or pixel size is not what the record says.
+    """
+    source = record.source
+    stack = mrc.open_stack(source.stack)
+    named = f"the record of {record.name} says"
+    if stack.shape != source.shape:
+        raise InputError(f"has shape {stack.shape}, {named} {source.shape}", source.stack, "import the stack again")
+    own = stack.pixel_size
+    if own is not None and abs(own / source.pixel_size - 1) > HEADER_TOLERANCE:
+        what = f"has {own:g} Å/px in its header, {named} {source.pixel_size:g} Å/px"
+        raise InputError(what, source.stack, "correct the one that is wrong")
+    return stack
+
+
 def read_map(path: str | Path, box: int, pixel_size: float) -> Tensor:
     """A cubic map brought to a box and sampling: (n, n, n) float32, the origin n//2 kept on the origin."""
     data, own = mrc.read_volume(path)
     if len(set(data.shape)) != 1:
         raise InputError(f"is not a cube but {data.shape}", path, "cut it with emc_volume --box")
+    if float(data.std()) == 0:
+        raise InputError("is the same everywhere", path, "give a map with density in it")
     density = torch.from_numpy(data)
     if abs(own / pixel_size - 1) > PIXEL_SIZE_TOLERANCE:
-        size = round(data.shape[0] * own / pixel_size / 2) * 2
-        found = data.shape[0] * own / size
-        if abs(found / pixel_size - 1) > 0.5 / size:
-            raise InputError(f"has {own:g} Å/px, the particles {pixel_size:g}", path, "rescale it with emc_volume")
-        density = fourier.resize(density, (size,) * 3)
+        density = resample(density, pixel_size / own)
     return fourier.centre_fit(density, (box,) * 3)
 
 
@@ -104,7 +123,6 @@ def write_average(
     plots.central_slices_plot(outputs["average.png"], average.average.numpy(), pixel_size)
 
 
-
 AVERAGE_FILES = ("average.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "fsc.json", "fsc.png", "average.png")
 """What `write_average` writes into a run's folder."""
 
@@ -115,20 +133,29 @@ def save_run(
     options: Mapping[str, Any],
     seed: int,
     state: Mapping[str, Any],
+    inputs: Sequence[Path],
     stopped_at: str | None = None,
 ) -> None:
-    """Write a run's record, or bring the one that is there up to date (its history stays)."""
+    """Write a run's record, or bring the one that is there up to date (its history stays).
+
+    A run writes it before anything else, so that what a killed one leaves is known to be the program's own.
+
+    Args:
+        inputs: files of which size, time and digest are kept.
+        stopped_at: what `--resume` begins with; None: the run is complete.
+    """
+    content = {
+        "program": program,
+        "options": dict(options),
+        "inputs": tuple(map(records.fingerprint, inputs)),
+        "seed": seed,
+        "state": dict(state),
+        "stopped_at": stopped_at,
+    }
     if path.exists():
-        records.update(
-            path,
-            lambda old: old.model_copy(
-                update={"options": dict(options), "state": dict(state), "seed": seed, "stopped_at": stopped_at}
-            ),
-            records.Run,
-        )
-        return
-    run = records.Run(program=program, options=dict(options), seed=seed, state=dict(state), stopped_at=stopped_at)
-    records.save_new(path, run)
+        records.update(path, lambda old: old.model_copy(update=content), records.Run)
+    else:
+        records.save_new(path, records.Run(**content))
 
 
 def resume_refinement(
@@ -137,7 +164,7 @@ def resume_refinement(
     """The iterations that a refinement has done, and its particles after the last of them; nothing where none is done.
 
     Raises:
-        InputError: the run was begun with other options.
+        InputError: the run was begun with other options, or from files that have changed since.
     """
     path = folder / "run.json"
     if not path.exists():
@@ -148,6 +175,10 @@ def resume_refinement(
             raise InputError(
                 f"was begun with {name} = {record.options.get(name)!r}, not {value!r}", path, "give the same options"
             )
+    for old in record.inputs:
+        new = records.fingerprint(old.path)
+        if (new.size, new.digest) != (old.size, old.digest) or (new.digest is None and new.mtime != old.mtime):
+            raise InputError(f"has changed since {folder} was begun from it", old.path, "begin a new run")
     past = [
         Done(Step(i["band"], i["exhaustive"]), i["resolution"], i["reach"], i["turned"], i["moved"])
         for i in record.state.get("iterations", [])

@@ -11,7 +11,6 @@ Writes average.mrc, half1.mrc, half2.mrc (unfiltered), mask.mrc, fsc.json and pi
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from libemc import project, records
 from libemc.cli import Program, Run, options
@@ -31,30 +30,33 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, run: Run) -> None:
     """Check, insert all images, write the maps."""
-    run.particles(args.set_or_run)
+    inputs = [run.particles(args.set_or_run)]
     head, series = project.open_particles(args.set_or_run, class_number=args.class_number)
     symmetry = args.symmetry or head.symmetry
     symmetry_matrices(symmetry)
-    mask = (
-        project.read_mask(run.input(args.mask), head.box, head.pixel_size)
-        if args.mask
-        else soft_sphere(head.box, average.DEFAULT_MASK * head.box / 2, average.MASK_EDGE)
-    )
+    if args.mask:
+        inputs.append(run.input(args.mask))
+        mask = project.read_mask(args.mask, head.box, head.pixel_size)
+    else:
+        mask = soft_sphere(head.box, average.DEFAULT_MASK * head.box / 2, average.MASK_EDGE)
     count = sum(int(p.use.sum()) for p in series)
     if run.plan(f"average {count} particles in a box of {head.box}", disk=5 * 4 * head.box**3):
         return
+    options_used = {
+        "set_or_run": str(args.set_or_run),
+        "symmetry": symmetry,
+        "class": args.class_number,
+        "mask": str(args.mask) if args.mask else None,
+    }
     folder = args.path or records.next_run_directory("avg")
-    outputs = {name: run.output(Path(folder) / name) for name in project.AVERAGE_FILES}
+    record = run.output(folder / "run.json")
+    outputs = {name: run.output(folder / name) for name in project.AVERAGE_FILES}
+    project.save_run(record, run.name, options_used, run.seed, {}, inputs, stopped_at="average")
     maps = average.half_maps(series, run.memory, symmetry, progress=run.progress)
     done = average.finish(maps, mask, head.pixel_size, run.seed)
     project.write_average(outputs, maps, done, mask, head.pixel_size)
-    project.save_run(
-        Path(folder) / "run.json",
-        run.name,
-        {"set_or_run": args.set_or_run, "symmetry": symmetry, "class": args.class_number},
-        run.seed,
-        {"particles": count, "images": list(maps.images), "resolution": done.resolution},
-    )
+    state = {"particles": count, "images": list(maps.images), "resolution": done.resolution}
+    project.save_run(record, run.name, options_used, run.seed, state, inputs)
     run.result(f"{folder}: {count} particles, {sum(maps.images)} images, {done.resolution:.2f} Å at FSC 0.143")
 
 

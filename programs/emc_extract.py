@@ -13,9 +13,12 @@ and its own defocus in every tilt.
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 
-from libemc import records
+import numpy as np
+
+from libemc import project, records
 from libemc.cli import Program, Run, options
 from libemc.errors import InputError
 from libemc.io import mrc
@@ -46,30 +49,28 @@ def main(args: argparse.Namespace, run: Run) -> None:
     pixel_size = common_pixel_size(series) * args.binning
     sources = [checked(record, args, run) for record in series]
     head = run.output(folder / "particles.json")
+    # without a head, stacks in the set's folder are what a killed run left
+    targets = [run.output(folder / f"{record.name}.mrcs", owned=not head.exists()) for record in series]
     images = sum(len(records.need_picks(r, args.label).xyz) * r.source.shape[0] for r in series)
     if run.plan(f"cut {images} images of {args.box}² from {len(series)} tilt series", disk=images * args.box**2 * 2):
         return
     files: dict[str, records.ParticleFile] = {}
-    for record, (stack, patches) in zip(series, sources, strict=True):
-        file = extract.particle_file(record, args.label, args.set_name, args.box, pixel_size, args.symmetry, patches)
-        kept = [i for i, seen in enumerate(patches.visible.any(dim=1).tolist()) if seen]
-        if not kept:
-            raise InputError("no tilt sees any particle", record.name, "check the picks and the alignment")
-        target = run.output(folder / f"{record.name}.mrcs")
-        with mrc.StackWriter(target, pixel_size, "float16") as writer:
+    with ExitStack() as all_or_none:  # the stacks take their names together: a set is never half old and half new
+        for record, (stack, patches), target in zip(series, sources, targets, strict=True):
+            file = extract.particle_file(record, args.label, args.set_name, args.box, pixel_size, args.symmetry, patches)
+            files[record.name] = file.model_copy(update={"stack": str(target)})
+            kept = [i for i, seen in enumerate(patches.visible.any(dim=1).tolist()) if seen]
+            writer = all_or_none.enter_context(mrc.StackWriter(target, pixel_size, "float16"))
             for block in extract.extract(
                 stack.array, patches, kept, args.box, args.binning, record.source.contrast, run.memory, run.progress
             ):
-                writer.append(block)
-        file = file.model_copy(update={"stack": str(target)})
-        files[record.name] = file
-        if args.subtomograms:
-            write_subtomograms(file, target, folder, run)
-        lost = len(patches.visible) - len(kept)
-        seen = float(patches.visible[kept].float().sum(dim=1).mean())
-        run.result(
-            f"{record.name}: {len(kept)} particles, {seen:.1f} tilts each, {lost} in no image, box {args.box} at {pixel_size:g} Å"
-        )
+                writer.append(finite(block, record))
+            lost = len(patches.visible) - len(kept)
+            seen = float(patches.visible[kept].float().sum(dim=1).mean())
+            run.result(
+                f"{record.name}: {len(kept)} particles, {seen:.1f} tilts each, {lost} in no image, "
+                f"box {args.box} at {pixel_size:g} Å"
+            )
     records.save_particles(
         folder,
         records.ParticleSet(
@@ -77,6 +78,9 @@ def main(args: argparse.Namespace, run: Run) -> None:
         ),
         files,
     )
+    if args.subtomograms:
+        for file, target in zip(files.values(), targets, strict=True):
+            write_subtomograms(file, target, folder, run)
     run.log.info(f"wrote {head}")
 
 
@@ -95,20 +99,26 @@ def checked(
 ) -> tuple[mrc.MrcImages, extract.Patches]:
     """The raw stack of a tilt series, and where its particles lie in it."""
     alignment, picks = records.need(record, "alignment"), records.need_picks(record, args.label)
-    stack = mrc.open_stack(run.input(record.source.stack))
-    if stack.shape != record.source.shape:
-        raise InputError(
-            f"has shape {stack.shape}, the record of {record.name} says {record.source.shape}",
-            record.source.stack,
-            "import the stack again",
-        )
+    run.input(record.source.stack)
+    stack = project.open_raw_stack(record)
     if record.ctf is None:
         run.warn(f"{record.name} has no CTF: particles are cut without defocus, and will not be corrected for it")
     geometry = TiltGeometry.of(alignment, record.tilts.use)
     located = extract.locate(
         picks.xyz, geometry, record.ctf, record.source.shape[1:], record.source.pixel_size, args.box * args.binning
     )
+    if not bool(located.visible.any()):
+        raise InputError("no tilt sees any particle", records.tiltseries_path(record.name), "check picks and alignment")
     return stack, located
+
+
+def finite(block: np.ndarray, record: records.TiltSeriesRecord) -> np.ndarray:
+    """The patches (particle·T + tilt, y, x), or an error that names the first tilt with values that are not finite."""
+    bad = np.flatnonzero(~np.isfinite(block).all(axis=(1, 2)))
+    if len(bad):
+        what = f"image {bad[0] % record.source.shape[0]} (from 0) has values that are not finite"
+        raise InputError(what, record.source.stack, f"exclude that tilt in {records.tiltseries_path(record.name)}")
+    return block
 
 
 def write_subtomograms(file: records.ParticleFile, stack: Path, folder: Path, run: Run) -> None:

@@ -15,25 +15,17 @@ finite, copies of another) keep their place and are marked. Without an .mdoc the
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
-
-import numpy as np
 
 from libemc import interchange, records
 from libemc.cli import Program, Run, options
 from libemc.errors import InputError
-from libemc.io import files, mrc
-from libemc.io.acquisition import Acquisition, read_acquisition
-from libemc.io.detect import read_alignment
+from libemc.interchange import Told, raw_series
+from libemc.io import files
 from libemc.methods import import_series
-from libemc.methods.simulate import order_of_tilts
-from libemc.records import TiltSeriesRecord
 
-ORDERS = {"sequential": "continuous", "dose-symmetric": "dose-symmetric"}
-DISTORTION = 0.01
-"""Shear of an .xf from which on it is worth a warning: 1 % moves the edge of a 4k image by 20 pixels."""
 KINDS = {
     "alignment": {"alignment"},
     "picks": {"picks", "label", "class_number", "tomogram"},
@@ -61,8 +53,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                      "each image's place or the angles in the order of exposure")  # fmt: skip
     raw.add_argument("--contrast", choices=("dark", "bright"), default="dark", help="of the specimen in the raw images")
     place = raw.add_mutually_exclusive_group()
-    place.add_argument("--copy", action="store_true", help="copy the stack into tiltseries/")
-    place.add_argument("--link", action="store_true", help="link the stack into tiltseries/")
+    for way in ("copy", "link"):
+        place.add_argument(f"--{way}", dest="place", action="store_const", const=way, default="",
+                           help=f"{way} the stack into tiltseries/")  # fmt: skip
     other = parser.add_argument_group("from other packages")
     other.add_argument("--alignment", nargs="+", type=Path, metavar="F", help="alignment files, and a CTF file if need be")
     other.add_argument("--picks", type=Path, metavar="F", help="file of coordinates")
@@ -83,15 +76,14 @@ def main(args: argparse.Namespace, run: Run) -> None:
     if len(kinds) > 1:
         raise InputError(f"--{kinds[0]} and --{kinds[1]} at once", remedy="import one after the other")
     kind = kinds[0] if kinds else "stacks"
-    others = set().union(*KINDS.values())
-    standard = {"overwrite", "verbose", "quiet", "dry_run", "names"}
     defaults = vars(program.parser().parse_all([]))
-    given = {name for name, value in vars(args).items() if value != defaults[name]} - standard
-    foreign = given - KINDS[kind] if kind in KINDS else given & others
+    given = {name for name, value in vars(args).items() if value != defaults[name]}
+    others = {name for own in KINDS.values() for name in own} | {field.name for field in fields(Told)}
+    foreign = given & (others - KINDS[kind] if kinds else others - {field.name for field in fields(Told)})
     if foreign:
         option = sorted(foreign)[0].removesuffix("_name").removesuffix("_number").replace("_", "-")
         raise InputError(f"--{option} has no meaning for {kind}", remedy="leave it out")
-    {"stacks": stacks, "alignment": alignment, "picks": points, "particles": particles}[kind](args, run)
+    {"stacks": stacks, "particles": particles}.get(kind, sections)(args, run)
 
 
 # ---------------------------------------------------------------------------------------------------------- raw stacks
@@ -103,154 +95,73 @@ def stacks(args: argparse.Namespace, run: Run) -> None:
         raise InputError("nothing to import", remedy="give raw stacks, --alignment, --picks or --particles")
     if len(args.names) > 1 and (args.rawtlt or args.mdoc):
         raise InputError("one file of angles for several stacks", remedy="put one beside each stack, with its stem")
-    found = [checked(run.input(path), args, run) for path in dict.fromkeys(args.names)]
-    names = Counter(record.name for record, _ in found)
+    told = Told(**{field.name: getattr(args, field.name) for field in fields(Told)})
+    found = [raw_series(free_name(run.input(path), run), told, run.project) for path in dict.fromkeys(args.names)]
+    names = Counter(each.record.name for each in found)
     if max(names.values()) > 1:
         raise InputError(f"two stacks are called {names.most_common(1)[0][0]}", remedy="rename one")
-    for record, _ in found:
-        run.output(records.tiltseries_path(record.name))
-        if record.source.stack != record.source.origin:
-            run.output(record.source.stack)
-    size = sum(images.array.nbytes for _, images in found)
-    if run.plan(f"look at {len(found)} stacks of {options.bytes_text(size)}", disk=size if args.copy else None):
+    for each in found:
+        run.output(records.tiltseries_path(each.record.name))
+        for file in each.files:
+            run.input(file)
+        for text in each.warnings:
+            run.warn(text)
+        if each.record.source.stack != each.record.source.origin:
+            run.output(each.record.source.stack)
+    size = sum(each.images.array.nbytes for each in found)
+    if run.plan(f"look at {len(found)} stacks of {options.bytes_text(size)}", disk=size if args.place == "copy" else None):
         return
-    looked_at = []
-    for record, images in found:
-        numbers = [import_series.image_statistics(image) for image in run.progress(images.array, label=record.name)]
-        reasons = import_series.bad_images(numbers, record.tilts.nominal)
-        if all(reasons):
-            raise InputError(f"no image can be used: image 0 is {reasons[0]}", images.path, "check the file")
-        looked_at.append(record.model_copy(update={"tilts": import_series.without_bad(record.tilts, reasons)}))
-    for (record, images), finished in zip(found, looked_at, strict=True):
+    finished = [each.looked_at(run.progress) for each in found]
+    for each, record in zip(found, finished, strict=True):
         if record.source.stack != record.source.origin:
-            files.place(images.path, run.output(record.source.stack), link=args.link)
-        records.save_new(run.output(records.tiltseries_path(record.name)), finished, overwrite=run.overwrite)
-        run.result(import_series.summary(finished))
+            files.place(each.images.path, record.source.stack, link=args.place == "link")
+        records.save_new(records.tiltseries_path(record.name), record, overwrite=run.overwrite)
+        run.result(import_series.summary(record))
 
 
-def checked(path: Path, args: argparse.Namespace, run: Run) -> tuple[TiltSeriesRecord, mrc.MrcImages]:
-    """The record that a stack will get, all images used so far, and the stack, mapped."""
-    name = path.stem
+def free_name(path: Path, run: Run) -> Path:
+    """A stack whose stem may name a new tilt series."""
     try:
-        info = records.tiltseries_path(options.label_name(name))
+        info = records.tiltseries_path(options.label_name(path.stem))
     except argparse.ArgumentTypeError as error:
         raise InputError(f"{error}", path, "rename the stack: its stem names the tilt series") from None
     if info.exists() and not run.overwrite:
         raise InputError("exists already", info, "use --overwrite to replace it and all that was found since")
-    if (args.tilt_start is None) != (args.tilt_step is None):
-        raise InputError("--tilt-start and --tilt-step go together", remedy="give both")
-    if args.ignore_header and args.pixel_size is None:
-        raise InputError("--ignore-header without --pixel-size", remedy="give the pixel size")
-    images = mrc.open_stack(path, args.pixel_size if args.ignore_header else None)
-    count = images.shape[0]
-    if count < 2:
-        raise InputError("holds one image", path, "give a stack with an image for each tilt")
-    step = None if args.tilt_start is None else (args.tilt_start, args.tilt_step)
-    seen = read_acquisition(path, count, args.rawtlt, args.mdoc, step)
-    for file in seen.files:
-        run.input(file)
-    if seen.ignored:
-        run.warn(seen.ignored)
-    sizes = {"--pixel-size": args.pixel_size, str(path): images.pixel_size}
-    if seen.mdoc and not args.ignore_header:
-        sizes[f"the mdoc of {path}"] = seen.mdoc.pixel_size
-    tilts = import_series.tilts_section(seen.nominal, *doses(args, run, seen))
-    absolute = Path(os.path.abspath(path))
-    origin = str(absolute.relative_to(run.project) if absolute.is_relative_to(run.project) else absolute)
-    source = records.Source(
-        stack=f"tiltseries/{path.name}" if args.copy or args.link else origin,
-        shape=images.shape,
-        pixel_size=import_series.same_pixel_size(sizes),
-        voltage=args.voltage or (seen.mdoc and seen.mdoc.voltage) or 300.0,
-        cs=args.cs,
-        amplitude_contrast=args.amplitude_contrast,
-        tilt_axis=args.axis if args.axis is not None or not seen.mdoc else seen.mdoc.tilt_axis,
-        contrast=args.contrast,
-        origin=origin,
-    )
-    return TiltSeriesRecord(name=name, source=source, tilts=tilts), images
-
-
-def doses(
-    args: argparse.Namespace, run: Run, seen: Acquisition
-) -> tuple[tuple[int, ...] | None, tuple[float, ...] | None, np.ndarray | None]:
-    """Order of exposure, dose of each exposure, and dose before each where the .mdoc says it: None where not known."""
-    mdoc = seen.mdoc
-    order, dose = (mdoc.order, mdoc.dose) if mdoc else (None, None)
-    if args.dose_order in ORDERS:
-        order = order_of_tilts(seen.nominal, ORDERS[args.dose_order])
-    elif args.dose_order:
-        listed = [row[0] for row in files.read_table(run.input(args.dose_order))]
-        order = import_series.exposure_order(listed, seen.nominal)
-    before = mdoc.dose_before if mdoc and args.dose is None and args.dose_order is None else None
-    if args.dose is not None:
-        dose = (args.dose,) * len(seen.nominal)
-    if dose is None and before is None:
-        run.warn("no doses are known: particles and tomograms will not be weighted by dose")
-    elif order is None and before is None:
-        run.warn("the order of exposure is taken for dose-symmetric; --dose-order says otherwise")
-        order = order_of_tilts(seen.nominal)
-    return order, dose, before
+    return path
 
 
 # ---------------------------------------------------------------------------------------------- from other packages
 
 
-def named(args: argparse.Namespace, run: Run, files_given: list[Path]) -> list[Path]:
-    """The records of the tilt series that something is imported for; a file of several tilt series serves them all."""
-    if len(args.names) > 1 and {path.suffix for path in files_given} != {".star"}:
-        raise InputError("one file for several tilt series", files_given[0], "only a STAR file may hold several")
-    return run.tiltseries(argparse.Namespace(names=args.names, all=False))
-
-
-def alignment(args: argparse.Namespace, run: Run) -> None:
-    """Alignment, and CTF where it is said, of tilt series."""
-    if not args.names and len(args.alignment) > 1:
+def sections(args: argparse.Namespace, run: Run) -> None:
+    """Alignments, or picks, of tilt series that the project has."""
+    if args.alignment and not args.names and len(args.alignment) > 1:
         args.names = [str(args.alignment.pop())]  # the last word after --alignment is the tilt series
-    given = [run.input(path) for path in args.alignment]
-    found = []
-    for path in named(args, run, given):
-        record = records.load_tiltseries(path)
-        if record.alignment is not None and not run.overwrite:
-            raise InputError("has an alignment", path, "use --overwrite to replace it")
-        source = record.source
-        aligned, ctf = read_alignment(
-            given, shape=source.shape[1:], pixel_size=source.pixel_size, nominal=np.array(record.tilts.nominal),
-            name=record.name)  # fmt: skip
-        if aligned.distortion > DISTORTION:
-            run.warn(f"{record.name}: the transforms shear images by {aligned.distortion:.1%}, which is left out")
-        if not any(interchange.with_alignment(record, aligned, ctf).tilts.use):
-            raise InputError("leaves no tilt to use", given[0], "check that it belongs to the stack")
-        found.append((path, aligned, ctf))
-    if run.plan(f"import the alignment of {len(found)} tilt series"):
-        return
-    for path, aligned, ctf in found:
-        new = records.update(path, lambda r, a=aligned, c=ctf: interchange.with_alignment(r, a, c), TiltSeriesRecord)
-        lens = f"defocus {(ctf.defocus_u + ctf.defocus_v).mean() / 2:.0f} Å" if ctf else "no CTF"
-        run.result(
-            f"{new.name}: alignment of {sum(new.tilts.use)}/{len(new.tilts.use)} tilts, "
-            f"{aligned.tilt.min():g} to {aligned.tilt.max():g} degrees, axis {np.median(aligned.axis):g}, {lens}"
-        )
-
-
-def points(args: argparse.Namespace, run: Run) -> None:
-    """Positions, with angles where there are, as picks of a label."""
-    if args.label is None:
+    if args.picks and args.label is None:
         raise InputError("--picks without --label", remedy="name the picks with --label")
-    given, tomogram = run.input(args.picks), args.tomogram and run.input(args.tomogram)
-    found = []
-    for path in named(args, run, [given]):
+    given = [run.input(path) for path in args.alignment or [args.picks]]
+    if len(args.names) > 1 and {path.suffix for path in given} != {".star"}:
+        raise InputError("one file for several tilt series", given[0], "only a STAR file may hold several")
+    tomogram = args.tomogram and run.input(args.tomogram)
+    changes: dict[Path, interchange.Change] = {}
+    for path in run.tiltseries(argparse.Namespace(names=args.names, all=False)):
         record = records.load_tiltseries(path)
-        if args.label in record.picks and not run.overwrite:
-            raise InputError(f"has picks labelled {args.label}", path, "use --overwrite to replace them")
-        found.append((path, interchange.incoming_picks(given, record, args.label, args.class_number, tomogram)))
-    if run.plan(f"import the picks of {len(found)} tilt series"):
-        return
-    for path, picks in found:
-        new = records.update(
-            path, lambda r, p=picks: r.model_copy(update={"picks": {**r.picks, args.label: p}}), TiltSeriesRecord
+        there = record.alignment is not None if args.alignment else args.label in record.picks
+        if there and not run.overwrite:
+            what = "an alignment" if args.alignment else f"picks labelled {args.label}"
+            raise InputError(f"has {what}", path, "use --overwrite to replace it")
+        changes[path] = (
+            interchange.alignment_change(given, record)
+            if args.alignment
+            else interchange.picks_change(given[0], record, args.label, args.class_number, tomogram)
         )
-        run.result(f"{new.name}: {len(picks.xyz)} {args.label}, {'with' if picks.rot else 'without'} angles")
+    if run.plan(f"import what {given[0]} says of {len(changes)} tilt series"):
+        return
+    for path, change in changes.items():
+        for text in change.warnings:
+            run.warn(text)
+        records.update(path, change.apply, records.TiltSeriesRecord)
+        run.result(change.line)
 
 
 def particles(args: argparse.Namespace, run: Run) -> None:
@@ -269,11 +180,7 @@ def particles(args: argparse.Namespace, run: Run) -> None:
         return
     done = {}
     for each in incoming:
-        file = each.file.model_copy(update={"stack": str(stacks_out[each.file.name])})
-        with mrc.StackWriter(stacks_out[file.name], pixel_size, "float16") as writer:
-            for block in run.progress(each.blocks(scale), len(file.particles), file.name):
-                writer.append(block)
-        done[file.name] = file
+        file = done[each.file.name] = each.write(stacks_out[each.file.name], scale, run.progress)
         seen = sum(sum(p.visible) for p in file.particles) / len(file.particles)
         run.result(f"{file.name}: {len(file.particles)} particles, {seen:.1f} tilts each, box {box} at {pixel_size:g} Å")
     head = records.ParticleSet(set=args.set_name, box=box, pixel_size=pixel_size, symmetry=args.symmetry)

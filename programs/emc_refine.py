@@ -51,23 +51,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, run: Run) -> None:
     """Check, then iterate until convergence, with all of the state in the run's folder after each iteration."""
-    run.particles(args.set_or_run)
+    if run.resume and not args.path:
+        raise InputError("--resume of what?", remedy="give the folder of the run with --path")
+    inputs = [run.particles(args.set_or_run), run.input(args.reference)]
     head, series = project.open_particles(args.set_or_run)
     box, pixel_size = head.box, head.pixel_size
     symmetry = args.symmetry or head.symmetry
     symmetry_matrices(symmetry)
     if args.startres < 2 * pixel_size:
         raise InputError(f"--startres {args.startres:g} is beyond Nyquist", remedy=f"give {2 * pixel_size:g} or more")
-    reference = project.read_map(run.input(args.reference), box, pixel_size)
-    mask = (
-        project.read_mask(run.input(args.mask), box, pixel_size)
-        if args.mask
-        else soft_sphere(box, average.DEFAULT_MASK * box / 2, average.MASK_EDGE)
-    )
+    reference = project.read_map(args.reference, box, pixel_size)
+    if args.mask:
+        inputs.append(run.input(args.mask))
+        mask = project.read_mask(args.mask, box, pixel_size)
+    else:
+        mask = soft_sphere(box, average.DEFAULT_MASK * box / 2, average.MASK_EDGE)
     count = sum(int(p.use.sum()) for p in series)
     if run.plan(f"refine {count} particles in a box of {box} at {pixel_size:g} Å", disk=6 * 4 * box**3):
         return
-    folder = Path(args.path) if args.path else records.next_run_directory("spt")
+    folder = args.path or records.next_run_directory("spt")
     options_used = {
         "set_or_run": str(args.set_or_run),
         "reference": str(args.reference),
@@ -77,7 +79,8 @@ def main(args: argparse.Namespace, run: Run) -> None:
         "symmetry": symmetry,
         "mask": str(args.mask) if args.mask else None,
     }
-    outputs = {name: run.output(folder / name, owned=args.path is None or run.resume) for name in project.AVERAGE_FILES}
+    record = run.output(folder / "run.json", owned=run.resume)
+    outputs = {name: run.output(folder / name, owned=run.resume) for name in project.AVERAGE_FILES}
     past: list[refine.Done] = []
     if run.resume:
         past, series = project.resume_refinement(folder, options_used, series)
@@ -86,7 +89,10 @@ def main(args: argparse.Namespace, run: Run) -> None:
     halves = (lowpass(reference, pixel_size, args.startres) * mask,) * 2
     if past:
         halves = project.read_references(folder, mask)
-    while step := refine.next_step(past, start, box, pixel_size, args.iterations):
+    else:
+        project.save_run(record, run.name, options_used, run.seed, refine.state_of([], count), inputs, "iteration 1")
+    step = refine.next_step(past, start, box, pixel_size, args.iterations)
+    while step is not None:
         search = refine.Search(step.resolution, options_used["max_shift"], symmetry=symmetry)
         before, series = series, refine.iterate(series, halves, search, step.exhaustive, run.memory, run.progress)
         maps = average.half_maps(series, run.memory, symmetry, progress=run.progress)
@@ -96,7 +102,9 @@ def main(args: argparse.Namespace, run: Run) -> None:
         halves = refine.filtered_references(maps.half1, maps.half2, mask, done.corrected)
         project.write_average(outputs, maps, done, mask, pixel_size)
         project.save_run_particles(folder, head, series, str(args.set_or_run))
-        project.save_run(folder / "run.json", run.name, options_used, run.seed, refine.state_of(past, count))
+        step = refine.next_step(past, start, box, pixel_size, args.iterations)
+        stopped_at = None if step is None else f"iteration {len(past) + 1}"
+        project.save_run(record, run.name, options_used, run.seed, refine.state_of(past, count), inputs, stopped_at)
         run.result(refine.line_of(len(past), past[-1]))
     run.result(f"{folder}: {count} particles, {past[-1].resolution:.2f} Å at FSC 0.143 after {len(past)} iterations")
 

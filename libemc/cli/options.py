@@ -43,6 +43,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=prog, description=description, formatter_class=HelpFormatter, allow_abbrev=False, add_help=False
         )
+        # argparse takes "-5,0,0" for an option unless it looks like a negative number
+        self._negative_number_matcher = re.compile(r"^-[\d.][\d.,eE+-]*$")
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would have printed.

@@ -94,7 +94,7 @@ def prepare(
     for j in range(count):
         if not use[j]:
             continue
-        image = bin_image(torch.from_numpy(np.asarray(load(j), dtype=np.float32)), binning)
+        image = bin_image(torch.from_numpy(np.array(load(j), dtype=np.float32)), binning)
         if not bool(image.std() > LEAST_SIGNAL * image.abs().mean()):  # not finite counts as blank too
             usable[j] = False
             continue

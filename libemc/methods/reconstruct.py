@@ -238,7 +238,8 @@ class Weighting:
     @property
     def corrections(self) -> list[str]:
         """What it does, in words."""
-        return ["dose"] * (self.doses is not None) + [f"lowpass {self.lowpass:g}"] * (self.lowpass is not None)
+        lowpass = [] if self.lowpass is None else [f"lowpass {self.lowpass:g}"]
+        return lowpass if self.doses is None else ["dose", *lowpass]
 
 
 def filters(
@@ -306,7 +307,7 @@ def prepare_images(
     rows, columns = out.shape[1:]
     padded = tuple(fourier.good_size(math.ceil(n * FILTER_PADDING)) for n in (rows, columns))
     for j, gain in enumerate(filters(geometry, (padded[0], padded[1]), pixel_size, weighting)):
-        image = bin_image(torch.from_numpy(np.asarray(load(j), dtype=np.float32)), binning)
+        image = bin_image(torch.from_numpy(np.array(load(j), dtype=np.float32)), binning)
         if not bool(torch.isfinite(image).all()):
             raise InputError(f"image {j + 1} of the tilt series holds values that are not finite", None, "exclude it")
         image = taper_edges(normalise(image), round(EDGE_TAPER * min(rows, columns)))

@@ -20,16 +20,17 @@ from torch import Tensor
 from libemc.methods import average
 from libemc.methods.subtilts import Batch, Particles, Progress, chunk_size, chunks, load_batch, noise_spectrum
 from libemc.numerics import slices
-from libemc.numerics.grids import rfft_radius
+from libemc.numerics.grids import centred_radius, rfft_radius
 from libemc.numerics.rotations import matrix_from_rotvec, rotation_distance
 from libemc.numerics.slices import Accumulator, Band, FourierVolume
 from libemc.numerics.so3 import rotation_grid
 
 SEARCH_RESOLUTION = 40.0
 """Å: the exhaustive search never uses finer data; what it cannot tell apart there, the polish decides."""
-SHELLS_PER_STEP = 1.5
-"""Angular step of the search in Fourier pixels at the search radius: the Crowther distance (resolution over diameter) of
-an object that fills two thirds of the box."""
+STEP_OVER_CROWTHER = 1.0
+"""Angular step of the search over the Crowther angle, resolution / diameter of the reference (Crowther et al. 1970)."""
+EXTENT_ENERGY = 0.98
+"""Part of a reference's energy that its diameter holds."""
 CANDIDATES = 6
 """Rotations of the search that are polished; the best of them after it is kept."""
 POLISH_STEPS = 8
@@ -271,10 +272,12 @@ def polish(batch: Batch, volume: FourierVolume, poses: Poses, steps: int = POLIS
     return Poses(best_rotation, best_shift, best)
 
 
-def angular_step(box: int, pixel_size: float, resolution: float) -> float:
-    """Degrees between the rotations of a search: `SHELLS_PER_STEP` Fourier pixels at the finest shell that takes part."""
-    radius = box * pixel_size / resolution
-    return math.degrees(SHELLS_PER_STEP / radius)
+def diameter(density: Tensor) -> float:
+    """Pixels: of the sphere about the centre that holds `EXTENT_ENERGY` of a map's squared density (n, n, n)."""
+    radius = centred_radius(density.shape).round().long().reshape(-1)
+    power = torch.zeros(int(radius.max()) + 1, dtype=torch.float64).index_add_(0, radius, density.double().reshape(-1) ** 2)
+    inside = power.cumsum(0)
+    return 2.0 * max(1, int((inside < EXTENT_ENERGY * inside[-1]).sum()))
 
 
 @dataclass(frozen=True)
@@ -286,11 +289,16 @@ class SearchGrid:
     shifts: Tensor
 
     @staticmethod
-    def of(box: int, pixel_size: float, search: Search) -> SearchGrid:
-        """Rotations modulo the symmetry and shifts within the limits, as fine as the data that takes part."""
+    def of(box: int, pixel_size: float, search: Search, across: float) -> SearchGrid:
+        """Rotations modulo the symmetry and shifts within the limits, as fine as the data that takes part.
+
+        Args:
+            across: diameter of the reference, pixels.
+        """
         resolution = max(search.resolution, SEARCH_RESOLUTION, 2 * pixel_size)
         radius = max(3.0, box * pixel_size / resolution)
-        rotations = rotation_grid(angular_step(box, pixel_size, box * pixel_size / radius), search.symmetry)
+        step = math.degrees(STEP_OVER_CROWTHER * (box / radius) / min(across, box))
+        rotations = rotation_grid(step, search.symmetry)
         # a third of the finest period: the correlation is then still above cos(pi/3·√3/2) between the nodes
         shifts = search_shifts(search.max_shift / pixel_size, box / radius / 3)
         return SearchGrid(radius, rotations, shifts)
@@ -396,7 +404,7 @@ def iterate(
     box, pixel_size = series[0].file.box, series[0].file.pixel_size
     band = Band.of(box, min(box / 2, box * pixel_size / search.resolution))
     limit = search.max_shift / pixel_size
-    grid = SearchGrid.of(box, pixel_size, search) if exhaustive else None
+    grid = SearchGrid.of(box, pixel_size, search, max(diameter(h) for h in halves)) if exhaustive else None
     fine = [FourierVolume.from_map(h, radius=band.radius) for h in halves]
     coarse = [search_reference(h, grid.radius) if grid else None for h in halves]
     out = []

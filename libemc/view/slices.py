@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from libemc.view.plots import DPI, _save
+from libemc.view.plots import _save
 
 CONTRAST = 3.0  # standard deviations of a slice on either side of its mean, from black to white
-LARGEST = 1600  # pixels of the picture's longer side, about
+SIDE = 9.0  # inches of the picture's longer side
 
 
 class CentralSlices:
@@ -43,7 +43,7 @@ def central_slices_png(slices: CentralSlices, path: str | PathLike[str], title: 
     gap = max(height, width) // 50 + 1
     total = np.array([width + gap + depth, height + gap + depth])
     margin = np.array([0.0, 0.3])
-    figure = Figure(figsize=tuple(total * min(1.0, LARGEST / total.max()) / DPI + margin))
+    figure = Figure(figsize=tuple(total * SIDE / total.max() + margin))
     parts = [
         (slices.xy, 0, depth + gap, width, height),
         (slices.xz, 0, 0, width, depth),
@@ -53,7 +53,15 @@ def central_slices_png(slices: CentralSlices, path: str | PathLike[str], title: 
     for image, x, y, w, h in parts:
         axes = figure.add_axes((x / total[0], y / total[1] * top, w / total[0], h / total[1] * top))
         mean, spread = float(image.mean()), CONTRAST * float(image.std()) or 1.0
-        axes.imshow(image, cmap="gray", origin="lower", vmin=mean - spread, vmax=mean + spread, aspect="auto")
+        axes.imshow(
+            image,
+            cmap="gray",
+            origin="lower",
+            vmin=mean - spread,
+            vmax=mean + spread,
+            aspect="auto",
+            interpolation="nearest",
+        )
         axes.set_axis_off()
     figure.text(0.01, 1 - 0.5 * (1 - top), title, va="center", fontsize=9)
     _save(figure, path)
