@@ -106,9 +106,8 @@ def main() -> None:
     total = ended - began + start
     print(f"tomogram {n} x {n} x {args.depth} from {count} images of {n} x {n}, {args.threads} threads")
     print(f"tiles {len(tiling)} of {tiling.box}^3, {' x '.join(str(k) for k in tiling.keep)} kept")
-    print(
-        f"cpu {total:.1f} s: start {start:.1f}, images {prepared - began:.1f}, tiles {ended - prepared - writing:.1f}, writing {writing:.1f}"
-    )
+    parts = {"start": start, "images": prepared - began, "tiles": ended - prepared - writing, "writing": writing}
+    print(f"cpu {total:.1f} s: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items()))
     print(f"wall {wall:.1f} s, peak memory {peak:.0f} MB, floor {least:.1f} s, ratio {total / least:.1f}")
 
 

@@ -25,3 +25,16 @@ class InputError(Exception):
         if self.remedy:
             line = f"{line}; {self.remedy}"
         return " ".join(line.split())
+
+
+class CommandFailed(Exception):
+    """A command that a program has started did not end well: the runner prints one line and exits with its code.
+
+    Args:
+        command: as typed.
+        code: its exit code, above 0.
+    """
+
+    def __init__(self, command: str, code: int) -> None:
+        self.code = code
+        super().__init__(f"ended with {code}: {command}")

@@ -9,24 +9,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from libemc import records
 from libemc.errors import InputError
 from libemc.io import mrc
 from libemc.io.files import read_json, write_text
-from libemc.methods.average import Average, HalfMaps
+from libemc.methods.average import DEFAULT_MASK, MASK_EDGE, Average, HalfMaps
 from libemc.methods.postprocess import resample
 from libemc.methods.refine import Done, Step, filtered_references
 from libemc.methods.subtilts import Particles
 from libemc.numerics import fourier
+from libemc.numerics.masks import soft_sphere
 from libemc.view import plots
 
 PIXEL_SIZE_TOLERANCE = 1e-3
 """Relative difference below which two pixel sizes are the same: headers keep six digits of a cell's length."""
 HEADER_TOLERANCE = 0.005
 """The same for a raw stack and its record: microscopes write rounded sizes, and import takes them for one number."""
+SAMPLED_IMAGES = 16
+"""So many images of each half and tilt series are looked at before a run."""
 
 
 def open_particles(
@@ -51,14 +56,40 @@ def open_particles(
             raise InputError(
                 f"holds {stack.shape} images, its particles ask for {want}", file.stack, "extract them again"
             )
-        particles = Particles.of(file, stack.array)
+        if stack.pixel_size is not None and abs(stack.pixel_size / file.pixel_size - 1) > HEADER_TOLERANCE:
+            what = f"has {stack.pixel_size:g} Å/px in its header, {head.files[file.name]} says {file.pixel_size:g} Å/px"
+            raise InputError(what, file.stack, "extract them again")
+        particles = Particles.of(file, Images(stack, "extract them again"))
         if class_number is not None:
             chosen = torch.tensor([p.class_ == class_number for p in file.particles], dtype=torch.bool)
             particles = particles.using(particles.use & chosen)
         series.append(particles)
     if not any(bool(p.use.any()) for p in series):
-        raise InputError("no particles to use", head.set, "check the class, and which particles have use = true")
+        raise InputError("no particles to use", set_or_run, "check the class, and which particles have use = true")
     return head, series
+
+
+def need_halves(series: Sequence[Particles], set_or_run: str | Path) -> None:
+    """Check before a long run that there will be two half maps.
+
+    Raises:
+        InputError: one of the halves has no images, or none with anything in it among those that are looked at.
+    """
+    for half in (1, 2):
+        empty, blank = True, True
+        for particles in series:
+            mine = particles.use & (particles.half == half)
+            images = torch.nonzero((particles.visible & particles.series.use) & mine[:, None])
+            some = images[:: max(1, len(images) // SAMPLED_IMAGES)]
+            empty = empty and not len(images)
+            for index, tilt in some.tolist():
+                image = particles.stack[np.array([index * len(particles.series.use) + tilt])]
+                blank = blank and bool(image.max() <= image.min())
+        if empty or blank:
+            what = "no images" if empty else "only images with no contrast at all"
+            raise InputError(
+                f"half {half} has {what}", set_or_run, "use more particles" if empty else "extract them again"
+            )
 
 
 def open_raw_stack(record: records.TiltSeriesRecord) -> mrc.MrcImages:
@@ -72,11 +103,39 @@ def open_raw_stack(record: records.TiltSeriesRecord) -> mrc.MrcImages:
     named = f"the record of {record.name} says"
     if stack.shape != source.shape:
         raise InputError(f"has shape {stack.shape}, {named} {source.shape}", source.stack, "import the stack again")
-    own = stack.pixel_size
-    if own is not None and abs(own / source.pixel_size - 1) > HEADER_TOLERANCE:
+    own, expected = stack.pixel_size, source.header_pixel_size or source.pixel_size
+    if own is not None and abs(own / expected - 1) > HEADER_TOLERANCE:
         what = f"has {own:g} Å/px in its header, {named} {source.pixel_size:g} Å/px"
         raise InputError(what, source.stack, "correct the one that is wrong")
     return stack
+
+
+class Images:
+    """Images on disk by number, float32: what methods take as a stack.
+
+    Args:
+        stack: mapped.
+        remedy: what to do about an image that is spoilt.
+        blank: whether images that are the same everywhere may pass.
+
+    Raises:
+        InputError: when an image is asked for that has values which are not finite, or is blank and must not be.
+    """
+
+    def __init__(self, stack: mrc.MrcImages, remedy: str, blank: bool = True) -> None:
+        self.stack, self.remedy, self.blank = stack, remedy, blank
+
+    def __getitem__(self, number: int | NDArray[np.int64]) -> NDArray[np.float32]:
+        found = np.array(self.stack.array[number], dtype=np.float32)
+        low, high = found.min(axis=(-2, -1)), found.max(axis=(-2, -1))  # NaN where there is one
+        for spoilt, what in (
+            (~np.isfinite(high - low), "values that are not finite"),
+            (high <= low, "no contrast at all"),
+        ):
+            if spoilt.any() and not (self.blank and what.startswith("no")):
+                which = np.atleast_1d(number)[np.atleast_1d(spoilt)][0]
+                raise InputError(f"image {which} (from 0) has {what}", self.stack.path, self.remedy)
+        return found
 
 
 def read_map(path: str | Path, box: int, pixel_size: float) -> Tensor:
@@ -102,6 +161,13 @@ def read_mask(path: str | Path, box: int, pixel_size: float) -> Tensor:
     if data.min() < -1e-3 or data.max() > 1 + 1e-3 or data.max() <= 0:
         raise InputError(f"has values from {data.min():g} to {data.max():g}, a mask from 0 to 1", path, "see emc_mask")
     return torch.from_numpy(data)
+
+
+def mask_or_sphere(path: Path | None, box: int, pixel_size: float) -> Tensor:
+    """The mask that was given, or the soft sphere that there is without one: (n, n, n) float32 in 0 ... 1."""
+    if path is None:
+        return soft_sphere(box, DEFAULT_MASK * box / 2, MASK_EDGE)
+    return read_mask(path, box, pixel_size)
 
 
 def write_average(
@@ -144,7 +210,7 @@ def save_run(
         inputs: files of which size, time and digest are kept.
         stopped_at: what `--resume` begins with; None: the run is complete.
     """
-    content = {
+    content: dict[str, Any] = {
         "program": program,
         "options": dict(options),
         "inputs": tuple(map(records.fingerprint, inputs)),
@@ -189,12 +255,19 @@ def resume_refinement(
 def read_references(folder: Path, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The references that a run's half maps make."""
     half1, half2 = (torch.from_numpy(mrc.read_volume(folder / f"half{h}.mrc")[0]) for h in (1, 2))
-    fsc = torch.tensor(read_json(folder / "fsc.json")["curves"]["corrected"]).double()
+    fsc = torch.tensor(read_json(folder / "fsc.json")["curves"]["corrected"], dtype=torch.float64)
     return filtered_references(half1, half2, mask, fsc)
 
 
-def save_run_particles(folder: Path, head: records.ParticleSet, series: Sequence[Particles], parent: str) -> None:
-    """The particles of a run at their present poses, in `<run>/particles/`."""
+def save_run_particles(
+    folder: Path, head: records.ParticleSet, series: Sequence[Particles], parent: str
+) -> list[Particles]:
+    """The particles of a run at their present poses, in `<run>/particles/`.
+
+    Returns:
+        The same particles, to the last bit as a resumed run reads them: angles are not matrices.
+    """
     files = {p.file.name: p.to_file().model_copy(update={"parent": parent, "history": ()}) for p in series}
     own = head.model_copy(update={"parent": parent, "history": ()})
     records.save_particles(folder / "particles", own, files)
+    return [Particles.of(files[p.file.name], p.stack) for p in series]

@@ -15,7 +15,6 @@ import argparse
 from libemc import project, records
 from libemc.cli import Program, Run, options
 from libemc.methods import average
-from libemc.numerics.masks import soft_sphere
 from libemc.numerics.symmetry import symmetry_matrices
 
 
@@ -30,15 +29,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, run: Run) -> None:
     """Check, insert all images, write the maps."""
-    inputs = [run.particles(args.set_or_run)]
+    inputs = [run.particles(args.set_or_run), *map(run.input, filter(None, [args.mask]))]
     head, series = project.open_particles(args.set_or_run, class_number=args.class_number)
     symmetry = args.symmetry or head.symmetry
     symmetry_matrices(symmetry)
-    if args.mask:
-        inputs.append(run.input(args.mask))
-        mask = project.read_mask(args.mask, head.box, head.pixel_size)
-    else:
-        mask = soft_sphere(head.box, average.DEFAULT_MASK * head.box / 2, average.MASK_EDGE)
+    mask = project.mask_or_sphere(args.mask, head.box, head.pixel_size)
+    project.need_halves(series, args.set_or_run)
     count = sum(int(p.use.sum()) for p in series)
     if run.plan(f"average {count} particles in a box of {head.box}", disk=5 * 4 * head.box**3):
         return

@@ -16,9 +16,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from libemc import interchange, project
+from libemc import project
 from libemc.cli import Program, Run, options
 from libemc.errors import InputError
+from libemc.interchange import particles as outgoing
 from libemc.io import relion
 from libemc.methods.export import image_table, largest_magnification
 
@@ -45,7 +46,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
     folder = args.output or Path("export") / Path(args.set_or_run).name
     stacks = {p.file.name: run.output(folder / f"{p.file.name}.mrcs") for p in series}
     star = run.output(folder / "particles.star")
-    table = interchange.relion31_table(series, stacks)
+    table = outgoing.relion31_table(series, stacks)
     if not all(image_table(p).known for p in series):
         run.warn("some images have no defocus, which is written as 0: leave CTF correction out")
     change = max(largest_magnification(p) for p in series)
@@ -53,8 +54,8 @@ def main(args: argparse.Namespace, run: Run) -> None:
         run.warn(f"magnifications differ by up to {change:.2%} between tilts, which 2-D particles do not hold")
     if run.plan(f"write {table.count} images of {head.box}²", disk=table.count * head.box**2 * 4):
         return
-    for particles in series:
-        interchange.write_used_images(particles, stacks[particles.file.name], run.progress)
+    for one in series:
+        outgoing.write_used_images(one, stacks[one.file.name], run.progress)
     relion.write_particles_2d(star, table)
     run.result(f"{star}: {table.count} images of {sum(int(p.use.sum()) for p in series)} particles")
 

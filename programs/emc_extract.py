@@ -16,8 +16,6 @@ import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-
 from libemc import project, records
 from libemc.cli import Program, Run, options
 from libemc.errors import InputError
@@ -25,6 +23,7 @@ from libemc.io import mrc
 from libemc.methods import extract
 from libemc.methods.average import subtomogram
 from libemc.methods.subtilts import Particles, TiltGeometry
+from libemc.numerics.symmetry import symmetry_matrices
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,24 +46,28 @@ def main(args: argparse.Namespace, run: Run) -> None:
     if not series:
         raise InputError(f"no tilt series has picks labelled {args.label!r}", "info", "run emc_tempmatch or emc_import")
     pixel_size = common_pixel_size(series) * args.binning
+    symmetry_matrices(args.symmetry)
     sources = [checked(record, args, run) for record in series]
     head = run.output(folder / "particles.json")
     # without a head, stacks in the set's folder are what a killed run left
     targets = [run.output(folder / f"{record.name}.mrcs", owned=not head.exists()) for record in series]
-    images = sum(len(records.need_picks(r, args.label).xyz) * r.source.shape[0] for r in series)
-    if run.plan(f"cut {images} images of {args.box}² from {len(series)} tilt series", disk=images * args.box**2 * 2):
+    count = sum(len(records.need_picks(r, args.label).xyz) * r.source.shape[0] for r in series)
+    if run.plan(f"cut {count} images of {args.box}² from {len(series)} tilt series", disk=count * args.box**2 * 2):
         return
     files: dict[str, records.ParticleFile] = {}
     with ExitStack() as all_or_none:  # the stacks take their names together: a set is never half old and half new
         for record, (stack, patches), target in zip(series, sources, targets, strict=True):
-            file = extract.particle_file(record, args.label, args.set_name, args.box, pixel_size, args.symmetry, patches)
+            file = extract.particle_file(
+                record, args.label, args.set_name, args.box, pixel_size, args.symmetry, patches
+            )
             files[record.name] = file.model_copy(update={"stack": str(target)})
             kept = [i for i, seen in enumerate(patches.visible.any(dim=1).tolist()) if seen]
             writer = all_or_none.enter_context(mrc.StackWriter(target, pixel_size, "float16"))
+            images = project.Images(stack, f"exclude that tilt in {records.tiltseries_path(record.name)}", blank=False)
             for block in extract.extract(
-                stack.array, patches, kept, args.box, args.binning, record.source.contrast, run.memory, run.progress
+                images, patches, kept, args.box, args.binning, record.source.contrast, run.memory, run.progress
             ):
-                writer.append(finite(block, record))
+                writer.append(block)
             lost = len(patches.visible) - len(kept)
             seen = float(patches.visible[kept].float().sum(dim=1).mean())
             run.result(
@@ -110,15 +113,6 @@ def checked(
     if not bool(located.visible.any()):
         raise InputError("no tilt sees any particle", records.tiltseries_path(record.name), "check picks and alignment")
     return stack, located
-
-
-def finite(block: np.ndarray, record: records.TiltSeriesRecord) -> np.ndarray:
-    """The patches (particle·T + tilt, y, x), or an error that names the first tilt with values that are not finite."""
-    bad = np.flatnonzero(~np.isfinite(block).all(axis=(1, 2)))
-    if len(bad):
-        what = f"image {bad[0] % record.source.shape[0]} (from 0) has values that are not finite"
-        raise InputError(what, record.source.stack, f"exclude that tilt in {records.tiltseries_path(record.name)}")
-    return block
 
 
 def write_subtomograms(file: records.ParticleFile, stack: Path, folder: Path, run: Run) -> None:

@@ -19,19 +19,21 @@ from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
-from libemc import interchange, records
+from libemc import records
 from libemc.cli import Program, Run, options
 from libemc.errors import InputError
-from libemc.interchange import Told, raw_series
+from libemc.interchange import particles as incoming
+from libemc.interchange import series
 from libemc.io import files
 from libemc.methods import import_series
 
 KINDS = {
+    "stacks": {field.name for field in fields(series.Told)},
     "alignment": {"alignment"},
     "picks": {"picks", "label", "class_number", "tomogram"},
     "particles": {"particles", "set_name", "symmetry", "tomograms", "hand"},
 }
-"""The options that go with each thing that is not a raw stack."""
+"""What can be imported, and the options that go with it."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,21 +74,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, run: Run) -> None:
     """Find out what is to be imported, and whether all options are about that."""
-    kinds = [kind for kind in KINDS if getattr(args, kind) is not None]
+    kinds = [kind for kind in KINDS if getattr(args, kind, None) is not None]
     if len(kinds) > 1:
         raise InputError(f"--{kinds[0]} and --{kinds[1]} at once", remedy="import one after the other")
     kind = kinds[0] if kinds else "stacks"
     defaults = vars(program.parser().parse_all([]))
     given = {name for name, value in vars(args).items() if value != defaults[name]}
-    others = {name for own in KINDS.values() for name in own} | {field.name for field in fields(Told)}
-    foreign = given & (others - KINDS[kind] if kinds else others - {field.name for field in fields(Told)})
+    foreign = given & (set().union(*KINDS.values()) - KINDS[kind])
     if foreign:
-        option = sorted(foreign)[0].removesuffix("_name").removesuffix("_number").replace("_", "-")
-        raise InputError(f"--{option} has no meaning for {kind}", remedy="leave it out")
+        option = sorted(foreign)[0].removesuffix("_name").removesuffix("_number").replace("place", args.place)
+        raise InputError(f"--{option.replace('_', '-')} has no meaning for {kind}", remedy="leave it out")
     {"stacks": stacks, "particles": particles}.get(kind, sections)(args, run)
-
-
-# ---------------------------------------------------------------------------------------------------------- raw stacks
 
 
 def stacks(args: argparse.Namespace, run: Run) -> None:
@@ -95,27 +93,26 @@ def stacks(args: argparse.Namespace, run: Run) -> None:
         raise InputError("nothing to import", remedy="give raw stacks, --alignment, --picks or --particles")
     if len(args.names) > 1 and (args.rawtlt or args.mdoc):
         raise InputError("one file of angles for several stacks", remedy="put one beside each stack, with its stem")
-    told = Told(**{field.name: getattr(args, field.name) for field in fields(Told)})
-    found = [raw_series(free_name(run.input(path), run), told, run.project) for path in dict.fromkeys(args.names)]
+    told = series.Told(**{name: getattr(args, name) for name in KINDS["stacks"]})
+    found = [series.raw_series(free_name(run.input(path), run), told, run.project) for path in dict.fromkeys(args.names)]
     names = Counter(each.record.name for each in found)
     if max(names.values()) > 1:
         raise InputError(f"two stacks are called {names.most_common(1)[0][0]}", remedy="rename one")
     for each in found:
-        run.output(records.tiltseries_path(each.record.name))
         for file in each.files:
             run.input(file)
         for text in each.warnings:
             run.warn(text)
-        if each.record.source.stack != each.record.source.origin:
-            run.output(each.record.source.stack)
+        for path in each.writes:
+            run.output(path)
     size = sum(each.images.array.nbytes for each in found)
     if run.plan(f"look at {len(found)} stacks of {options.bytes_text(size)}", disk=size if args.place == "copy" else None):
         return
     finished = [each.looked_at(run.progress) for each in found]
     for each, record in zip(found, finished, strict=True):
-        if record.source.stack != record.source.origin:
-            files.place(each.images.path, record.source.stack, link=args.place == "link")
-        records.save_new(records.tiltseries_path(record.name), record, overwrite=run.overwrite)
+        for target in each.writes[1:]:
+            files.place(each.images.path, target, link=args.place == "link")
+        records.save_new(each.writes[0], record, overwrite=run.overwrite)
         run.result(import_series.summary(record))
 
 
@@ -130,9 +127,6 @@ def free_name(path: Path, run: Run) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------------------------- from other packages
-
-
 def sections(args: argparse.Namespace, run: Run) -> None:
     """Alignments, or picks, of tilt series that the project has."""
     if args.alignment and not args.names and len(args.alignment) > 1:
@@ -143,7 +137,7 @@ def sections(args: argparse.Namespace, run: Run) -> None:
     if len(args.names) > 1 and {path.suffix for path in given} != {".star"}:
         raise InputError("one file for several tilt series", given[0], "only a STAR file may hold several")
     tomogram = args.tomogram and run.input(args.tomogram)
-    changes: dict[Path, interchange.Change] = {}
+    changes: dict[Path, series.Change] = {}
     for path in run.tiltseries(argparse.Namespace(names=args.names, all=False)):
         record = records.load_tiltseries(path)
         there = record.alignment is not None if args.alignment else args.label in record.picks
@@ -151,9 +145,9 @@ def sections(args: argparse.Namespace, run: Run) -> None:
             what = "an alignment" if args.alignment else f"picks labelled {args.label}"
             raise InputError(f"has {what}", path, "use --overwrite to replace it")
         changes[path] = (
-            interchange.alignment_change(given, record)
+            series.alignment_change(given, record)
             if args.alignment
-            else interchange.picks_change(given[0], record, args.label, args.class_number, tomogram)
+            else series.picks_change(given[0], record, args.label, args.class_number, tomogram)
         )
     if run.plan(f"import what {given[0]} says of {len(changes)} tilt series"):
         return
@@ -170,20 +164,20 @@ def particles(args: argparse.Namespace, run: Run) -> None:
         raise InputError("--particles wants --set and no other names", remedy="name the set with --set")
     path, folder = run.input(args.particles), Path("particles") / args.set_name
     tomograms = args.tomograms and run.input(args.tomograms)
-    incoming = interchange.incoming_particles(path, args.set_name, tomograms, args.hand, args.symmetry, run.progress)
-    box, pixel_size = interchange.common_box(incoming, path)
-    scale = import_series.float16_scale(sample for each in incoming for sample in each.samples())
+    found = incoming.incoming_particles(path, args.set_name, tomograms, args.hand, args.symmetry, run.progress)
+    head = incoming.common_head(found, path)
+    scale = import_series.float16_scale(sample for each in found for sample in each.samples())
     run.output(folder / "particles.json")
-    stacks_out = {each.file.name: run.output(folder / f"{each.file.name}.mrcs") for each in incoming}
-    images = sum(len(each.file.particles) * len(each.file.tilts.tilt) for each in incoming)
-    if run.plan(f"import {images} images of {box}²", disk=images * box**2 * 2):
+    targets = [run.output(folder / f"{each.file.name}.mrcs") for each in found]
+    images = sum(each.images for each in found)
+    if run.plan(f"import {images} images of {head.box}²", disk=images * head.box**2 * 2):
         return
     done = {}
-    for each in incoming:
-        file = done[each.file.name] = each.write(stacks_out[each.file.name], scale, run.progress)
+    for each, target in zip(found, targets, strict=True):
+        file = done[each.file.name] = each.write(target, scale, run.progress)
         seen = sum(sum(p.visible) for p in file.particles) / len(file.particles)
-        run.result(f"{file.name}: {len(file.particles)} particles, {seen:.1f} tilts each, box {box} at {pixel_size:g} Å")
-    head = records.ParticleSet(set=args.set_name, box=box, pixel_size=pixel_size, symmetry=args.symmetry)
+        line = f"{file.name}: {len(file.particles)} particles, {seen:.1f} tilts each"
+        run.result(f"{line}, box {head.box} at {head.pixel_size:g} Å")
     records.save_particles(folder, head, done)
 
 

@@ -14,14 +14,12 @@ average.mrc, half1.mrc, half2.mrc, mask.mrc, fsc.json, pictures, run.json and th
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from libemc import project, records
 from libemc.cli import Program, Run, options
 from libemc.errors import InputError
 from libemc.methods import average, refine
 from libemc.numerics.filters import lowpass
-from libemc.numerics.masks import soft_sphere
 from libemc.numerics.symmetry import symmetry_matrices
 
 
@@ -53,7 +51,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
     """Check, then iterate until convergence, with all of the state in the run's folder after each iteration."""
     if run.resume and not args.path:
         raise InputError("--resume of what?", remedy="give the folder of the run with --path")
-    inputs = [run.particles(args.set_or_run), run.input(args.reference)]
+    inputs = [run.particles(args.set_or_run), *map(run.input, filter(None, [args.reference, args.mask]))]
     head, series = project.open_particles(args.set_or_run)
     box, pixel_size = head.box, head.pixel_size
     symmetry = args.symmetry or head.symmetry
@@ -61,11 +59,8 @@ def main(args: argparse.Namespace, run: Run) -> None:
     if args.startres < 2 * pixel_size:
         raise InputError(f"--startres {args.startres:g} is beyond Nyquist", remedy=f"give {2 * pixel_size:g} or more")
     reference = project.read_map(args.reference, box, pixel_size)
-    if args.mask:
-        inputs.append(run.input(args.mask))
-        mask = project.read_mask(args.mask, box, pixel_size)
-    else:
-        mask = soft_sphere(box, average.DEFAULT_MASK * box / 2, average.MASK_EDGE)
+    mask = project.mask_or_sphere(args.mask, box, pixel_size)
+    project.need_halves(series, args.set_or_run)
     count = sum(int(p.use.sum()) for p in series)
     if run.plan(f"refine {count} particles in a box of {box} at {pixel_size:g} Å", disk=6 * 4 * box**3):
         return
@@ -79,9 +74,15 @@ def main(args: argparse.Namespace, run: Run) -> None:
         "symmetry": symmetry,
         "mask": str(args.mask) if args.mask else None,
     }
-    record = run.output(folder / "run.json", owned=run.resume)
-    outputs = {name: run.output(folder / name, owned=run.resume) for name in project.AVERAGE_FILES}
+    record = folder / "run.json"
+    going_on = run.resume and record.exists()
+    outputs = {name: run.output(folder / name, owned=going_on) for name in (record.name, *project.AVERAGE_FILES)}
     past: list[refine.Done] = []
+
+    def save(done: list[refine.Done], stopped_at: str | None) -> None:
+        used = {**options_used, "iterations": args.iterations}
+        project.save_run(record, run.name, used, run.seed, refine.state_of(done, count), inputs, stopped_at)
+
     if run.resume:
         past, series = project.resume_refinement(folder, options_used, series)
         run.log.info(f"{folder} has {len(past)} iterations; going on")
@@ -90,7 +91,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
     if past:
         halves = project.read_references(folder, mask)
     else:
-        project.save_run(record, run.name, options_used, run.seed, refine.state_of([], count), inputs, "iteration 1")
+        save([], "iteration 1")
     step = refine.next_step(past, start, box, pixel_size, args.iterations)
     while step is not None:
         search = refine.Search(step.resolution, options_used["max_shift"], symmetry=symmetry)
@@ -101,10 +102,9 @@ def main(args: argparse.Namespace, run: Run) -> None:
         past.append(refine.Done(step, done.resolution, done.reach, turned, moved))
         halves = refine.filtered_references(maps.half1, maps.half2, mask, done.corrected)
         project.write_average(outputs, maps, done, mask, pixel_size)
-        project.save_run_particles(folder, head, series, str(args.set_or_run))
+        series = project.save_run_particles(folder, head, series, str(args.set_or_run))
         step = refine.next_step(past, start, box, pixel_size, args.iterations)
-        stopped_at = None if step is None else f"iteration {len(past) + 1}"
-        project.save_run(record, run.name, options_used, run.seed, refine.state_of(past, count), inputs, stopped_at)
+        save(past, None if step is None else f"iteration {len(past) + 1}")
         run.result(refine.line_of(len(past), past[-1]))
     run.result(f"{folder}: {count} particles, {past[-1].resolution:.2f} Å at FSC 0.143 after {len(past)} iterations")
 

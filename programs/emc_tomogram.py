@@ -26,21 +26,10 @@ from libemc import records
 from libemc.cli import Program, Run, options
 from libemc.errors import InputError
 from libemc.io import mrc
-from libemc.methods import align
-from libemc.methods.reconstruct import (
-    CTF_MODES,
-    CtfCorrection,
-    Grid,
-    Weighting,
-    binned_shape,
-    cost,
-    prepare_images,
-    reconstruct,
-    select,
-    tomogram_entry,
-    with_tomogram,
-)
+from libemc.methods import align, reconstruct
+from libemc.methods.reconstruct import CtfCorrection, Grid, Weighting, binned_shape
 from libemc.methods.subtilts import TiltGeometry
+from libemc.project import Images, open_raw_stack
 from libemc.records import TiltSeriesRecord, Tomogram
 from libemc.view.slices import CentralSlices, central_slices_png
 
@@ -53,15 +42,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.tiltseries_names(parser)
     options.binning(parser, default=4)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--load", action="store_true", help="reconstruct with the alignment in the record, change nothing"
-    )
+    what.add_argument("--load", action="store_true", help="use the alignment in the record as it is")
     what.add_argument("--refine", action="store_true", help="improve the shifts of the alignment in the record first")
     options.axis(parser)
     options.thickness(parser)
     options.region(parser)
     parser.add_argument(
-        "--ctf", choices=CTF_MODES, default="none", help="correction of the CTF, at each tile's own height"
+        "--ctf", choices=reconstruct.CTF_MODES, default="none", help="correction, at each tile's height"
     )
     parser.add_argument("--no-dose", action="store_true", help="no dose weighting, though the doses are known")
     parser.add_argument("--lowpass", type=options.positive, metavar="A", help="leave out what is finer, in Å")
@@ -84,7 +71,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
         for suffix, half in HALVES.items():
             if half is None or args.half:
                 made = tomogram(record, stack, whole if half is None else whole[half - 1 :: 2], suffix, args, run)
-                records.update(path, partial(with_tomogram, made=made), TiltSeriesRecord)
+                records.update(path, partial(reconstruct.with_tomogram, made=made), TiltSeriesRecord)
         z, y, x = made.shape
         voxels = f"{x} x {y} x {z} voxels of {made.pixel_size:g} Å from {len(whole)} tilts"
         run.result(f"{record.name}: {voxels}, {align.summary(records.need(record, 'alignment'))}")
@@ -103,10 +90,8 @@ def checked(record: TiltSeriesRecord, args: argparse.Namespace, run: Run) -> tup
     else:
         axis = args.axis if args.axis is not None else record.source.tilt_axis
         record = record.model_copy(update={"alignment": align.nominal(record, axis or 0.0)})
-    stack = mrc.open_stack(run.input(record.source.stack))
-    if stack.shape != record.source.shape:
-        what = f"has shape {stack.shape}, the record of {record.name} says {record.source.shape}"
-        raise InputError(what, record.source.stack, "import the stack again")
+    run.input(record.source.stack)
+    stack = open_raw_stack(record)
     if sum(record.tilts.use) < align.LEAST_IMAGES:
         raise InputError(f"only {sum(record.tilts.use)} tilts are used", path, "include more of them")
     if record.alignment is not None and record.alignment.deformation is not None:
@@ -128,7 +113,7 @@ def estimate(record: TiltSeriesRecord, args: argparse.Namespace, run: Run) -> tu
     """Seconds, bytes of memory and of disk for one tilt series."""
     grid = Grid.of(record, args.binning, args.thickness, args.region)
     count, copies = sum(record.tilts.use), 3 if args.half else 1
-    seconds, memory = cost(grid, count, run.threads, run.memory)
+    seconds, memory = reconstruct.cost(grid, count, run.threads, run.memory / 2)
     images = count * math.prod(binned_shape(record.source.shape, args.binning)) * 4
     return copies * seconds, memory + min(images, run.memory / 2), copies * math.prod(grid.shape) * 4.0
 
@@ -144,9 +129,8 @@ def aligned(
         base = align.nominal(record, align.find_axis(small, record))
         run.warn(f"{record.name}: tilt axis found to be {base.axis[0]:.1f}°, or its opposite; better give --axis")
     images = align.prepare(stack.array.__getitem__, source.shape, source.pixel_size, use)
-    for j, (wanted, usable) in enumerate(zip(use, images.usable.tolist(), strict=True)):
-        if wanted and not usable:
-            run.warn(f"{record.name}: image {j} is blank; exclude it")
+    if images.blank:
+        run.warn(f"{record.name}: images {images.blank} are blank; exclude them")
     found = align.align(images, base, first_pass=not args.refine)
     records.update(path, lambda old: old.model_copy(update={"alignment": found}), TiltSeriesRecord)
     return record.model_copy(update={"alignment": found})
@@ -158,25 +142,29 @@ def tomogram(
     """Reconstruct one tomogram from some of the tilts and write it with its picture."""
     grid = Grid.of(record, args.binning, args.thickness, args.region)
     weighting = Weighting.of(record, grid, tilts, not args.no_dose, args.lowpass)
-    geometry = select(TiltGeometry.of(records.need(record, "alignment"), record.tilts.use), tilts)
+    geometry = reconstruct.select(TiltGeometry.of(records.need(record, "alignment"), record.tilts.use), tilts)
     correction = CtfCorrection.of(record, args.ctf)
     images = room((len(tilts), *binned_shape(record.source.shape, args.binning)), run)
-    name = record.name + suffix
-    prepared = prepare_images(
-        lambda j: stack.array[tilts[j]], geometry, args.binning, grid.pixel_size, weighting, images
+    name, raw = record.name + suffix, Images(stack, f"exclude that tilt in {records.tiltseries_path(record.name)}")
+    prepared = reconstruct.prepare_images(
+        lambda j: raw[tilts[j]], geometry, args.binning, grid.pixel_size, weighting, images
     )
     for _ in run.progress(prepared, len(tilts), f"{name}: images"):
         pass
+    if not images.any():
+        raise InputError("no used image has any contrast", record.source.stack, "check the file, and import it again")
     file = run.output(target(record, suffix, args))
     pictures = CentralSlices(grid.shape)
-    slabs = reconstruct(images, geometry, grid, correction and correction.select(tilts), run.memory, run.device)
+    slabs = reconstruct.reconstruct(
+        images, geometry, grid, correction and correction.select(tilts), run.memory / 2, run.device
+    )
     with mrc.VolumeWriter(file, grid.shape, grid.pixel_size) as writer:
         for y0, slab in run.progress(slabs, None, f"{name}: rows"):
             writer.write_rows(y0, slab)
             pictures.add(y0, slab)
     central_slices_png(pictures, run.output(file.with_suffix(".png")), f"{name}, {grid.pixel_size:g} Å/voxel")
     done = [*weighting.corrections, *([f"ctf {args.ctf}"] if correction else [])]
-    return tomogram_entry(file, grid, done, HALVES[suffix])
+    return reconstruct.tomogram_entry(file, grid, done, HALVES[suffix])
 
 
 def room(shape: tuple[int, int, int], run: Run) -> np.ndarray:

@@ -74,7 +74,11 @@ def blobs_map(
 
 
 def blobs_image(
-    shape: tuple[int, int], matrix: np.ndarray, at: Sequence[float] = (0, 0), magnification: float = 1.0, pixel: float = PIXEL
+    shape: tuple[int, int],
+    matrix: np.ndarray,
+    at: Sequence[float] = (0, 0),
+    magnification: float = 1.0,
+    pixel: float = PIXEL,
 ) -> np.ndarray:
     """[y, x]: the integral along z (in pixels) of the particle turned by `matrix`, its origin seen at `at` Å.
 
@@ -157,10 +161,10 @@ class HandSeries:
     """
 
     name: str = "TS_hand"
-    shape: tuple[int, int] = (144, 161)  # rows, columns
+    shape: tuple[int, int] = (170, 181)  # rows, columns
     pixel: float = PIXEL
     tilts: tuple[float, ...] = (-50.0, -40.0, -30.0, -20.0, -10.0, 0.0, 10.0, 20.0, 30.0, 40.0, 50.0)
-    axis: float = -93.0
+    axis: float = -63.0
     xtilt: float = 2.0
     hand: int = -1
     kv: float = 300.0
@@ -174,6 +178,7 @@ class HandSeries:
     noise: float = 0.0
     unused: tuple[int, ...] = ()
     particles: int = 9
+    magnify: float = 0.02  # the magnifications go from 1 minus this to 1 plus this
     seed: int = 1
     contrast: str = "dark"
     positions: np.ndarray = field(init=False)
@@ -181,12 +186,10 @@ class HandSeries:
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
-        self.angles = np.stack(
-            [rng.uniform(-180, 180, self.particles), rng.uniform(10, 170, self.particles), rng.uniform(-180, 180, self.particles)],
-            axis=1,
-        )
+        ranges = ((-180, 180), (10, 170), (-180, 180))
+        self.angles = np.stack([rng.uniform(low, high, self.particles) for low, high in ranges], axis=1)
         side = math.ceil(math.sqrt(self.particles))
-        nodes = (np.stack(np.divmod(np.arange(self.particles), side), axis=1) - (side - 1) / 2) * 160.0 / side
+        nodes = (np.stack(np.divmod(np.arange(self.particles), side), axis=1) - (side - 1) / 2) * 52.0
         self.positions = np.concatenate([nodes, rng.uniform(-25, 25, (self.particles, 1))], axis=1)
         self.positions[:, :2] += rng.uniform(-3, 3, (self.particles, 2))
 
@@ -204,12 +207,12 @@ class HandSeries:
     def shifts(self) -> np.ndarray:
         """(T, 2)."""
         j = np.arange(self.count)
-        return np.stack([7.3 * np.cos(2.1 * j) + 3, -6.1 * np.sin(1.7 * j) - 4], axis=1)
+        return np.stack([9.3 * np.cos(2.1 * j) + 11, -8.1 * np.sin(1.7 * j) - 9], axis=1)
 
     @property
     def magnifications(self) -> np.ndarray:
         """(T,)."""
-        return np.linspace(0.98, 1.02, self.count)
+        return np.linspace(1 - self.magnify, 1 + self.magnify, self.count)
 
     def matrix(self, j: int) -> np.ndarray:
         """T of tilt j."""
@@ -224,7 +227,9 @@ class HandSeries:
         """CTF and dose of tilt j on the full transform of an image."""
         kx, ky = frequencies(shape, self.pixel)
         half = self.astigmatism / 2
-        lens = ctf(kx, ky, defocus + half, defocus - half, self.angle, self.phase, self.kv, self.cs, self.contrast_fraction)
+        lens = ctf(
+            kx, ky, defocus + half, defocus - half, self.angle, self.phase, self.kv, self.cs, self.contrast_fraction
+        )
         return lens * exposure(kx, ky, self.dose * (self.order[j] + 1), self.kv)
 
     def image(self, j: int) -> np.ndarray:
@@ -232,7 +237,9 @@ class HandSeries:
         out = np.zeros(self.shape)
         for i in range(self.particles):
             at, defocus = self.seen(i, j)
-            white = blobs_image(self.shape, self.matrix(j) @ pose(*self.angles[i]), at, self.magnifications[j], self.pixel)
+            white = blobs_image(
+                self.shape, self.matrix(j) @ pose(*self.angles[i]), at, self.magnifications[j], self.pixel
+            )
             out += filtered(white, self.transfer(self.shape, j, defocus))
         rng = np.random.default_rng([self.seed, j])
         return 100 + (out if self.contrast == "bright" else -out) + self.noise * rng.normal(size=self.shape)
@@ -274,11 +281,13 @@ class HandSeries:
         """[tilt, y, x] float32."""
         return np.stack([self.image(j) for j in range(self.count)]).astype(np.float32)
 
-    def write(self, project: Path) -> None:
-        """The project's files for this series."""
+    def write(self, project: Path, stack: np.ndarray | None = None) -> None:
+        """The project's files for this series; `stack` where it has been drawn before."""
         for folder in ("info", "tiltseries"):
             (project / folder).mkdir(exist_ok=True)
-        (project / f"tiltseries/{self.name}.mrc").write_bytes(mrc_bytes(self.stack(), self.pixel, stack=True))
+        (project / f"tiltseries/{self.name}.mrc").write_bytes(
+            mrc_bytes(self.stack() if stack is None else stack, self.pixel, stack=True)
+        )
         (project / f"info/{self.name}_info.json").write_text(json.dumps(self.record()))
 
 

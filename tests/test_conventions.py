@@ -24,6 +24,7 @@ import by_hand
 import emc_average
 import emc_extract
 import emc_fsc
+import emc_import
 import emc_tomogram
 from by_hand import PIXEL, HandSeries, blobs_image, blobs_map, pose, rx, ry, rz
 
@@ -38,10 +39,8 @@ from libemc.numerics.rotations import euler_from_matrix, matrix_from_euler, rota
 from libemc.numerics.symmetry import symmetrise, symmetry_matrices
 from libemc.records import Alignment, ParticleFile, load, load_particles, load_tiltseries
 
-SLICE = 5e-3
-"""Error of the library's interpolation in Fourier space, relative to the largest value (its own tests bound it)."""
-FLOAT32 = 1e-5
-"""Rounding of float32 sums of some thousand terms, relative to the largest value."""
+SLICE = 0.015
+"""Error of the library's interpolation in Fourier space, relative to the largest value: the bound of its own tests."""
 
 
 def program(module: object, *argv: object) -> None:
@@ -96,13 +95,17 @@ def test_01_units(pixel: float) -> None:
     particles = particles_of(content | {"tilts": tilts}, np.zeros((1, 32, 32), np.float32))
     band = slices.Band.of(32)
     lens = torch.tensor([[0.0, 0.0, 30.0]]).double()
-    found = subtilts.transfer_function(particles.series, torch.tensor([0]), torch.tensor([15000.0]).double(), lens, band, pixel)
+    found = subtilts.transfer_function(
+        particles.series, torch.tensor([0]), torch.tensor([15000.0]).double(), lens, band, pixel
+    )
     k = math.hypot(5, 3) / (32 * pixel)
     chi = math.pi * 0.025079 * 15000 * k**2 - math.pi / 2 * 2e7 * 0.025079**3 * k**4 + math.pi / 6
     damage = math.exp(-6.0 / (2 * 0.8 * (0.245 * k**-1.665 + 2.81)))
     want = (math.sqrt(0.99) * math.sin(chi) + 0.1 * math.cos(chi)) * damage
     at = int(((band.kx == 5) & (band.ky == -3)).nonzero())
-    assert float(found[0, at]) == pytest.approx(want, abs=2e-3)  # the wavelength has five digits: chi to 1e-4 rad a term
+    assert float(found[0, at]) == pytest.approx(
+        want, abs=2e-3
+    )  # the wavelength has five digits: chi to 1e-4 rad a term
 
 
 def test_01_positions_are_not_in_pixels(hand: HandSeries) -> None:
@@ -140,22 +143,27 @@ def test_02_vectors_are_x_y_z(n: int) -> None:
     image = slices.project(density, torch.eye(3).double()[None])[0].numpy()
     want = blobs_image((n, n), np.eye(3))
     assert np.abs(image - want).max() < SLICE * want.max()
-    assert postprocess.place(density, torch.from_numpy(rz(90)))[n // 2, n // 2 + 6, n // 2] > 0.5  # the blob at +x is at +y
+    assert (
+        postprocess.place(density, torch.from_numpy(rz(90)))[n // 2, n // 2 + 6, n // 2] > 0.5
+    )  # the blob at +x is at +y
 
 
 @pytest.mark.parametrize("n", [24, 25])
 @pytest.mark.parametrize("binning", [2, 3])
 def test_03_origin(n: int, binning: int) -> None:
     """World zero is pixel n//2 of maps, patches, masks and binned images, whatever the binning."""
-    big = n * binning
-    point = np.array([5.3, -7.1])  # Å
-    spot = np.exp(-((by_hand.line(big, 1.0) - point[0]) ** 2) / 50)[None] * np.exp(
-        -((by_hand.line(big, 1.0)[:, None] - point[1]) ** 2) / 50
-    )
-    for binned in (fourier.resize(torch.from_numpy(spot), (n, n)), reconstruct.bin_image(torch.from_numpy(spot), binning)):
-        np.testing.assert_allclose(by_hand.centre_of_mass(binned.numpy()) * binning, point, atol=0.02)
-    cut = extract.extract_tilt(torch.from_numpy(100 - spot).float(), torch.tensor([point]).double(), n, binning)[0]
-    np.testing.assert_allclose(by_hand.centre_of_mass(cut.numpy()) * binning, 0, atol=0.05)  # float32 of 100 and 1
+    big, point = n * binning, np.array([5.3, -7.1])  # Å
+
+    def spot(size: int, pixel: float, at: np.ndarray) -> np.ndarray:
+        x, y = (np.exp(-((by_hand.line(size, pixel) - c) ** 2) / 50) for c in at)
+        return y[:, None] * x
+
+    fine, want = torch.from_numpy(spot(big, 1.0, point)), spot(n, binning, point)
+    for binned in (fourier.resize(fine, (n, n)), reconstruct.bin_image(fine, binning)):
+        assert np.abs(binned.numpy() - want).max() < 1e-3  # a Gaussian of 1.7 px, cut at Nyquist; half a pixel: 0.3
+    large = torch.from_numpy(spot(big + 31, 1.0, point))  # room for a patch around the point
+    cut = extract.extract_tilt((100 - large).float(), torch.from_numpy(point)[None], n, binning)[0]
+    assert np.corrcoef(cut.numpy().ravel(), spot(n, binning, np.zeros(2)).ravel())[0, 1] > 0.9999
     ball = soft_sphere(n, 5.0, 0.0).numpy()
     np.testing.assert_allclose(by_hand.centre_of_mass(ball), 0, atol=1e-9)
 
@@ -213,21 +221,24 @@ def test_05_projections(n: int) -> None:
 def test_05_points_through_the_programs(hand: HandSeries) -> None:
     """Patches that emc_extract cut around the projections of points, against images drawn at those projections.
 
-    Averages over 16 particles; 0.02 px is what noise of 0.3 leaves. Half a pixel or a sign would be 0.5 px and more.
+    Without noise; float16 and the wings of the CTF that lie outside the patch leave 0.02 px. A sign would be 10 px.
     """
-    with mrcfile.open("particles/ribo/TS_hand.mrcs") as file:
-        stack = file.data.astype(float).reshape(16, hand.count, 32, 32)
-    for j in (0, 5, 10):
-        found = stack[:, j].sum(0)
-        want = np.zeros((32, 32))
-        for i in range(hand.particles):
-            white = blobs_image((32, 32), hand.matrix(j) @ pose(*hand.angles[i]), magnification=hand.magnifications[j])
-            want += by_hand.filtered(white, hand.transfer((32, 32), j, hand.seen(i, j)[1]))
-        cross = np.fft.fftshift(np.fft.ifft2(np.fft.fft2(found) * np.fft.fft2(want).conj()).real)
-        y, x = np.unravel_index(cross.argmax(), cross.shape)
-        peak = [cross[y, x - 1 : x + 2], cross[y - 1 : y + 2, x]]
-        offset = [(p[2] - p[0]) / (2 * (2 * p[1] - p[0] - p[2])) for p in peak]
-        np.testing.assert_allclose(np.array([x, y]) - 16 + offset, 0, atol=0.02)
+    series = HandSeries(name="TS_quiet", particles=1, seed=3)
+    series.positions += (30.0, -20.0, 11.0)
+    series.write(Path())
+    for box in (40, 41):
+        program(emc_extract, "TS_quiet", "--label", "ribo", "--set", f"quiet{box}", "--box", box, "--quiet")
+        stack = mrcfile.read(f"particles/quiet{box}/TS_quiet.mrcs").astype(float)
+        for j in range(series.count):
+            white = blobs_image(
+                (box, box), series.matrix(j) @ pose(*series.angles[0]), magnification=series.magnifications[j]
+            )
+            want = by_hand.filtered(white, series.transfer((box, box), j, series.seen(0, j)[1]))
+            cross = np.fft.fftshift(np.fft.ifft2(np.fft.fft2(stack[j]) * np.fft.fft2(want).conj()).real)
+            y, x = np.unravel_index(cross.argmax(), cross.shape)
+            peak = [cross[y, x - 1 : x + 2], cross[y - 1 : y + 2, x]]
+            offset = [(p[2] - p[0]) / (2 * (2 * p[1] - p[0] - p[2])) for p in peak]
+            np.testing.assert_allclose(np.array([x, y]) - box // 2 + offset, 0, atol=0.02)
 
 
 def test_05_simulated(project: Path) -> None:
@@ -253,7 +264,9 @@ def test_05_tomogram(hand: HandSeries) -> None:
 
     With 5 tilts in 50° z is known to about a voxel; a mirrored or displaced volume has correlation near 0.
     """
-    program(emc_tomogram, "TS_hand", "--load", "--bin", 1, "--ctf", "multiply", "--thickness", 120, "--no-dose", "--quiet")
+    program(
+        emc_tomogram, "TS_hand", "--load", "--bin", 1, "--ctf", "multiply", "--thickness", 120, "--no-dose", "--quiet"
+    )
     volume, pixel_size = mrc.read_volume("tomograms/TS_hand_bin1.mrc")
     assert pixel_size == PIXEL
     middle = np.array(volume.shape) // 2
@@ -277,7 +290,12 @@ def test_06_magnification(n: int) -> None:
     """position = mag·(q + shift) about the image centre, the image of a particle scaled with it; absent means 1."""
     angles = [[10.0, -5.0], [20.0, 40.0], [0.0, 2.0]]
     alignment = Alignment(
-        axis=angles[0], tilt=angles[1], xtilt=angles[2], shift_x=[8.0, 0.0], shift_y=[-3.0, 6.0], magnification=[1.05, 0.9]
+        axis=angles[0],
+        tilt=angles[1],
+        xtilt=angles[2],
+        shift_x=[8.0, 0.0],
+        shift_y=[-3.0, 6.0],
+        magnification=[1.05, 0.9],
     )
     r = np.array([40.0, -25.0, 13.0])
     found, _ = subtilts.TiltGeometry.of(alignment, [True, True]).project(torch.from_numpy(r)[None])
@@ -338,7 +356,8 @@ def test_08_density_at_r_plus_Ru(n: int) -> None:
     row = content["particles"][0]  # type: ignore[index]
     rows, images = [], []
     for i in range(30):
-        angles, r = (rng.uniform(-180, 180), math.degrees(math.acos(rng.uniform(-1, 1))), rng.uniform(-180, 180)), rng.normal(size=3) * 3
+        theta = math.degrees(math.acos(rng.uniform(-1, 1)))
+        angles, r = (rng.uniform(-180, 180), theta, rng.uniform(-180, 180)), rng.normal(size=3) * 3
         rows.append(row | {
             "id": f"TS.{i:06d}", "half": 1 + i % 2, "xyz": (100 + r).tolist(), "centre": [100.0, 100.0, 100.0],
             "rot": angles[0], "tilt": angles[1], "psi": angles[2], "visible": [1] * 7,
@@ -351,7 +370,9 @@ def test_08_density_at_r_plus_Ru(n: int) -> None:
     particles = particles_of(content | {"tilts": geometry, "particles": rows}, np.array(images, np.float32))
     found = average.half_maps([particles], 1 << 28, whiten=False)
     for half in (found.half1.numpy(), found.half2.numpy()):
-        assert by_hand.shell_correlation(half, blobs_map(n))[1:10].min() > 0.97  # 105 slices a half; beyond lie 1e-3 of the power
+        assert (
+            by_hand.shell_correlation(half, blobs_map(n))[1:9].min() > 0.98
+        )  # 105 slices a half; beyond lie 1e-3 of the power
     one = average.subtomogram(particles, 4).numpy()  # in the specimen's frame, a missing wedge of 60°
     here = blobs_map(n, rotation=pose(*(rows[4][k] for k in ("rot", "tilt", "psi"))))
     back = blobs_map(n, rotation=pose(*(rows[4][k] for k in ("rot", "tilt", "psi"))).T)
@@ -362,22 +383,30 @@ def test_08_density_at_r_plus_Ru(n: int) -> None:
 def test_08_from_raw_images_to_the_average(hand: HandSeries) -> None:
     """Conventions 1 to 14 at once: record, stack, emc_extract, emc_average; the map in its own hand and place.
 
-    0.9 to 20 Å: what 80 noisy slices a half at one defocus give; any of the conventions turned round fails it.
+    0.95 to 16 Å, 0.7 to 11 Å: what 80 noisy slices a half at one defocus give; any convention turned round fails it.
     """
     for name in ("half1", "half2", "average"):
         found = mrcfile.read(f"avg/{name}.mrc")
         values = by_hand.shell_correlation(found, blobs_map(32))
-        assert values[1:6].min() > 0.9
+        assert values[1:5].min() > 0.95 and values[5:7].min() > 0.7
         mirrored = np.roll(found[::-1], 1, axis=0)
         assert by_hand.shell_correlation(mirrored, blobs_map(32))[2:8].mean() < 0.5
         assert found[16, 16, 16] > 0.5 * found.max()  # white, and the blob at the origin is at the origin
 
 
-@pytest.mark.parametrize("change", ["handedness", "axis", "tilt", "shift", "euler", "contrast"])
-def test_08_a_record_that_is_wrong_spoils_the_average(change: str, project: Path) -> None:
-    """The test above can fail: each convention turned round in the record costs the map its correlation."""
+@pytest.fixture(scope="module")
+def nine() -> tuple[HandSeries, np.ndarray]:
     series = HandSeries(particles=9, noise=0.2, seed=2)
-    series.write(project)
+    return series, series.stack()
+
+
+@pytest.mark.parametrize("change", ["handedness", "axis", "tilt", "shift", "euler", "contrast"])
+def test_08_a_record_that_is_wrong_spoils_the_average(
+    change: str, project: Path, nine: tuple[HandSeries, np.ndarray]
+) -> None:
+    """The test above can fail: each convention turned round in the record costs the map its correlation."""
+    series, stack = nine
+    series.write(project, stack)
     info = project / "info/TS_hand_info.json"
     record = json.loads(info.read_text())
     alignment, picks = record["alignment"], record["picks"]["ribo"]
@@ -525,10 +554,11 @@ def test_12_dark_until_extraction(hand: HandSeries) -> None:
     near = np.hypot(rows, columns) < 14
     for j in (2, 5, 8):
         at, _ = hand.seen(i, j)
-        x, y = np.rint(at / PIXEL).astype(int) + (80, 72)
+        x, y = np.rint(at / PIXEL).astype(int) + np.array([90, 85])
         there = whole[j, y - 16 : y + 16, x - 16 : x + 16]
         white = by_hand.filtered(
-            blobs_image((32, 32), hand.matrix(j) @ pose(*hand.angles[i])), hand.transfer((32, 32), j, hand.seen(i, j)[1])
+            blobs_image((32, 32), hand.matrix(j) @ pose(*hand.angles[i])),
+            hand.transfer((32, 32), j, hand.seen(i, j)[1]),
         )
         assert np.corrcoef(there[near], white[near])[0, 1] < -0.5
         assert np.corrcoef(patches[i, j][near], white[near])[0, 1] > 0.5
@@ -537,7 +567,8 @@ def test_12_dark_until_extraction(hand: HandSeries) -> None:
     program(emc_extract, "TS_bright", "--label", "ribo", "--set", "bright", "--box", 32, "--quiet")
     patch = mrcfile.read("particles/bright/TS_bright.mrcs")[5].astype(float)
     white = by_hand.filtered(
-        blobs_image((32, 32), bright.matrix(5) @ pose(*bright.angles[0])), bright.transfer((32, 32), 5, bright.seen(0, 5)[1])
+        blobs_image((32, 32), bright.matrix(5) @ pose(*bright.angles[0])),
+        bright.transfer((32, 32), 5, bright.seen(0, 5)[1]),
     )
     assert np.corrcoef(patch.ravel(), white.ravel())[0, 1] > 0.9
 
@@ -586,7 +617,12 @@ def test_13_defocus_gradient(hand_sign: int, project: Path) -> None:
 
     specimen = simulate.Specimen(particles=3, thickness=900.0, motion=0.0, ice=0.0, spacing=60.0)
     scene = simulate.lay_out(
-        simulate.Acquisition((40.0,), (0,), axis=0.0), simulate.Imaging(handedness=hand_sign), specimen, (80, 90), 6.0, 3
+        simulate.Acquisition((40.0,), (0,), axis=0.0),
+        simulate.Imaging(handedness=hand_sign),
+        specimen,
+        (80, 90),
+        6.0,
+        3,
     )
     truth = scene.truth()
     for r, found in zip(truth["pos_A"], truth["particle_defocus"], strict=True):
@@ -594,25 +630,48 @@ def test_13_defocus_gradient(hand_sign: int, project: Path) -> None:
         np.testing.assert_allclose(found, truth["defocus"] + hand_sign * height_of, atol=1e-6)
 
 
-def test_13_default_hand() -> None:
+@pytest.mark.parametrize("hand_sign", [-1, 1])
+def test_13_simulated_images(hand_sign: int) -> None:
+    """A particle far above or below the middle of the ice, in the simulator's image: the defocus of its own height."""
+    scene = simulate.lay_out(
+        simulate.Acquisition((0.0,), (0,), dose=3.0, axis=0.0),
+        simulate.Imaging(defocus=5000.0, defocus_jitter=0.0, astigmatism=0.0, handedness=hand_sign),
+        simulate.Specimen(particles=1, spacing=60.0, thickness=3000.0, motion=0.0, ice=0.0),
+        (96, 96), 2.0, seed=1,
+    )  # fmt: skip
+    truth = scene.truth()
+    x, y, z = truth["pos_A"][0]
+    assert abs(z) > 500 and abs(x) < 60 and abs(y) < 60
+    (image,) = simulate.tilt_images(scene, [torch.from_numpy(blobs_map(32)).float()], noise=False)
+    kx, ky = by_hand.frequencies((96, 96))
+    white = blobs_image((96, 96), scene.rotations[0], (x, y))
+    found, damage = [], by_hand.exposure(kx, ky, 3.0, 300.0)
+    for sign in (hand_sign, -hand_sign):
+        lens = by_hand.ctf(kx, ky, *(5000.0 + sign * z,) * 2, 0.0, 0.0, 300.0, 2.7, 0.07)
+        found.append(np.corrcoef(-image.ravel(), by_hand.filtered(white, lens * damage).ravel())[0, 1])
+    assert found[0] > 0.999 and found[1] < 0.95
+
+
+def test_13_default_hand(project: Path) -> None:
     series = HandSeries(particles=1).record()
     del series["ctf"]["defocus_handedness"]
     Path("x_info.json").write_text(json.dumps(series))
-    try:
-        assert load("x_info.json").ctf.defocus_handedness == -1  # type: ignore[attr-defined]
-    finally:
-        Path("x_info.json").unlink()
+    assert load("x_info.json").ctf.defocus_handedness == -1  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("voltage", "factor"), [(300.0, 1.0), (200.0, 0.8)])
 def test_14_exposure(voltage: float, factor: float) -> None:
     """Numbers of Grant & Grigorieff's curve: Nc(0.1/Å) = 14.14, Nc(0.25/Å) = 5.27 e/Å²; the dose at the exposure's end."""
-    content = particle_record(pixel_size=1.0, box=40, optics={"voltage": voltage, "cs": 2.7, "amplitude_contrast": 0.07})
+    content = particle_record(
+        pixel_size=1.0, box=40, optics={"voltage": voltage, "cs": 2.7, "amplitude_contrast": 0.07}
+    )
     tilts = dict(content["tilts"], dose=[3.0], dose_before=[12.0])  # type: ignore[call-overload]
     particles = particles_of(content | {"tilts": tilts}, np.zeros((1, 40, 40), np.float32))
     band = slices.Band.of(40)
     unknown = torch.tensor([float("nan")]).double()
-    found = subtilts.transfer_function(particles.series, torch.tensor([0]), unknown, torch.zeros(1, 3).double(), band, 1.0)
+    found = subtilts.transfer_function(
+        particles.series, torch.tensor([0]), unknown, torch.zeros(1, 3).double(), band, 1.0
+    )
     for k, critical in ((4, 14.14), (10, 5.27)):
         at = int(((band.kx == 0) & (band.ky == k)).nonzero())
         assert float(found[0, at]) == pytest.approx(math.exp(-15.0 / (2 * factor * critical)), rel=2e-3)  # four digits
@@ -629,7 +688,10 @@ def test_15_written_headers(hand: HandSeries) -> None:
         assert stack.is_image_stack() and int(stack.header.mode) == 12 and int(stack.header.mz) == 1
         for file in (volume, stack):
             assert file.voxel_size.x == file.voxel_size.y == file.voxel_size.z == PIXEL
-            assert mrcfile.validate(file._iostream.name)
+            data = file.data.astype(float)
+            found = [float(file.header[name]) for name in ("dmin", "dmax", "dmean", "rms")]
+            np.testing.assert_allclose(found, [data.min(), data.max(), data.mean(), data.std()], rtol=1e-5, atol=1e-6)
+    assert mrcfile.validate("avg/average.mrc")
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2, 6, 12])
@@ -640,7 +702,9 @@ def test_15_modes_read(mode: int, project: Path) -> None:
     assert np.array_equal(images.array.astype(int), values) and images.pixel_size == 1.5 and images.is_stack
 
 
-@pytest.mark.parametrize(("what", "words"), [("pixel", ("2.5", "2 Å")), ("shape", ("(11, 144, 161)", "(11, 144, 160)"))])
+@pytest.mark.parametrize(
+    ("what", "words"), [("pixel", ("2.5", "2 Å")), ("shape", ("(11, 170, 181)", "(11, 170, 180)"))]
+)
 def test_15_a_header_that_disagrees(
     what: str, words: tuple[str, str], project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -651,7 +715,7 @@ def test_15_a_header_that_disagrees(
         (project / "tiltseries/TS_hand.mrc").write_bytes(by_hand.mrc_bytes(series.stack(), 2.5, stack=True))
     else:
         record = series.record()
-        record["source"]["shape"] = [11, 144, 160]
+        record["source"]["shape"] = [11, 170, 180]
         (project / "info/TS_hand_info.json").write_text(json.dumps(record))
     for module, argv in (
         (emc_extract, ["TS_hand", "--label", "ribo", "--set", "s", "--box", "32"]),
@@ -668,7 +732,7 @@ def test_16_crossing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     The maps share their signal below shell 8 and half of it up to shell 10; the FSC is computed again in a plain loop.
     """
-    values = torch.tensor([1.0, 0.9, 0.5, 0.1, 0.6, 0.0]).double()
+    values = torch.tensor([1.0, 0.9, 0.5, 0.1, 0.6, 0.0], dtype=torch.float64)
     frequency = torch.arange(6).double() / 10
     found = resolution_at(Curve(frequency, values, torch.ones(6).double()), 0.143, 3.0)
     assert found == pytest.approx(3.0 / (0.2 + 0.1 * (0.5 - 0.143) / (0.5 - 0.1)), rel=1e-12)
@@ -699,9 +763,121 @@ def test_16_of_an_average(hand: HandSeries) -> None:
     """fsc.json of emc_average: three curves of its two halves, the resolution of each where it first crosses 0.143."""
     content = json.loads(Path("avg/fsc.json").read_text())
     want = by_hand.shell_correlation(mrcfile.read("avg/half1.mrc"), mrcfile.read("avg/half2.mrc"))
-    np.testing.assert_allclose(content["unmasked"], want, atol=1e-4)
+    np.testing.assert_allclose(content["curves"]["unmasked"], want, atol=1e-4)
     for name in ("unmasked", "masked", "corrected"):
-        curve = content[name]
+        curve = content["curves"][name]
         s = next(s for s in range(1, 17) if curve[s] < 0.143)
         crossing = 32 * PIXEL / (s - 1 + (curve[s - 1] - 0.143) / (curve[s - 1] - curve[s]))
-        assert content["resolution"][name]["0.143"] == pytest.approx(crossing, rel=1e-9)
+        assert content["resolutions"][name]["0.143"] == pytest.approx(crossing, rel=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------------ the border
+
+
+def imod_files(series: HandSeries) -> list[str]:
+    """.xf, .tlt and .defocus (version 3, nm, no astigmatism), and Dynamo's table of the particles.
+
+    x_aligned - c = A·(x_raw - c) + d about c = (n-1)/2 of pixels from 0, the tilt axis then along y.
+    """
+    offset = np.array([n // 2 - (n - 1) / 2 for n in series.shape[::-1]])
+    xf, defocus = [], ["0 0 0. 0. 0 3"]
+    for j in range(series.count):
+        a = rz(-series.axis - 0.2 * j)[:2, :2]
+        xf.append([*a.ravel(), *(-a @ (series.shifts[j] / series.pixel + offset))])
+        defocus.append(f"{j + 1} {j + 1} {series.tilts[j]} {series.tilts[j]} {(series.defocus + 30 * j) / 10}")
+    Path("TS_hand.xf").write_text("\n".join(" ".join(f"{v:.8f}" for v in row) for row in xf))
+    Path("TS_hand.tlt").write_text("\n".join(map(str, series.tilts)))
+    Path("TS_hand.defocus").write_text("\n".join(defocus))
+    # voxels counted from 1 of a tomogram of 8 Å, whose middle is its voxel n//2 from 0; zxz, reference to particle
+    shape = (20, 41, 44)
+    Path("tomogram.mrc").write_bytes(by_hand.mrc_bytes(np.zeros(shape), 8.0, stack=False))
+    rows = np.zeros((series.particles, 35))
+    for row, position, angles in zip(rows, series.positions, series.angles, strict=True):
+        m = pose(*angles).T
+        row[3:6] = 0.5, -1.0, 0.25
+        row[6:9] = np.rad2deg([math.atan2(m[2, 0], m[2, 1]), math.acos(m[2, 2]), math.atan2(m[0, 2], -m[1, 2])])
+        row[23:26] = position / 8.0 + np.array(shape[::-1]) // 2 + 1 - row[3:6]
+    Path("picks.tbl").write_text("\n".join(" ".join(f"{v:.9f}" for v in row) for row in rows))
+    return ["TS_hand.xf", "TS_hand.tlt", "TS_hand.defocus"]
+
+
+def aretomo_files(series: HandSeries) -> list[str]:
+    """.aln (axis ROT, shifts in pixels) and the table of CTFFIND's form, and a csv file of the particles."""
+    lines = ["# AreTomo Alignment / Priims bprmMn", f"# RawSize = {series.shape[1]} {series.shape[0]} {series.count}"]
+    lines += ["# AlphaOffset = 0.0", "# SEC ROT GMAG TX TY SMEAN SFIT SCALE BASE TILT"]
+    table = ["# Columns: number, defocus 1 and 2 (A), azimuth, phase shift (rad), correlation, spacing (A)"]
+    for j, (x, y) in enumerate(series.shifts / series.pixel):
+        lines.append(f"{j} {series.axis + 0.2 * j} 1.0 {x:.8f} {y:.8f} 1 1 1 0 {series.tilts[j]}")
+        mean, half = series.defocus + 30 * j, series.astigmatism / 2
+        table.append(f"{j + 1} {mean + half} {mean - half} {series.angle} {math.radians(series.phase)} 0.1 8.0")
+    Path("TS_hand.aln").write_text("\n".join(lines) + "\n# Local Alignment\n")
+    Path("TS_hand_CTF.txt").write_text("\n".join(table))
+    rows = np.concatenate([series.positions, series.angles], axis=1)
+    Path("picks.csv").write_text("x,y,z,rot,tilt,psi\n" + "\n".join(",".join(map(str, row)) for row in rows))
+    return ["TS_hand.aln", "TS_hand_CTF.txt"]
+
+
+def star(name: str, rows: dict[str, list]) -> str:
+    """One table of a STAR file."""
+    head = "".join(f"_rln{key} #{i}\n" for i, key in enumerate(rows, start=1))
+    return (
+        f"data_{name}\n\nloop_\n{head}"
+        + "\n".join(" ".join(map(str, row)) for row in zip(*rows.values(), strict=True))
+        + "\n\n"
+    )
+
+
+def relion_files(series: HandSeries) -> list[str]:
+    """RELION-5: tomograms.star with the table of tilts, and particles whose origins are to be subtracted."""
+    j = np.arange(series.count)
+    mean, half = series.defocus + 30 * j, series.astigmatism / 2
+    tilts = {
+        "TomoXTilt": [series.xtilt] * series.count, "TomoYTilt": series.tilts, "TomoZRot": series.axis + 0.2 * j,
+        "TomoXShiftAngst": series.shifts[:, 0], "TomoYShiftAngst": series.shifts[:, 1], "DefocusU": mean + half,
+        "DefocusV": mean - half, "DefocusAngle": [series.angle] * series.count, "PhaseShift": [series.phase] * series.count,
+    }  # fmt: skip
+    Path("tilts.star").write_text(star("TS_hand", {key: list(value) for key, value in tilts.items()}))
+    tomograms = {
+        "TomoName": ["TS_hand"],
+        "TomoTiltSeriesPixelSize": [2.0],
+        "TomoHand": [-1],
+        "TomoTiltSeriesStarFile": ["tilts.star"],
+    }
+    Path("tomograms.star").write_text(star("global", tomograms))
+    rows = dict(zip(("AngleRot", "AngleTilt", "AnglePsi"), series.angles.T, strict=True))
+    for axis, values, origin in zip("XYZ", series.positions.T, (3.0, -2.0, 1.0), strict=True):
+        rows |= {f"CenteredCoordinate{axis}Angst": values + origin, f"Origin{axis}Angst": [origin] * len(values)}
+    Path("picks.star").write_text(star("particles", {key: list(value) for key, value in rows.items()}))
+    return ["tomograms.star"]
+
+
+BORDER = {
+    "imod and dynamo": (imod_files, ["picks.tbl", "--tomogram", "tomogram.mrc"], {"astigmatism": 0.0, "phase": 0.0}),
+    "aretomo and csv": (aretomo_files, ["picks.csv"], {"shape": (170, 182)}),  # its centre is n/2
+    "relion 5": (relion_files, ["picks.star"], {"xtilt": 2.0}),
+}
+
+
+@pytest.mark.parametrize("package", BORDER)
+def test_border(package: str, project: Path) -> None:
+    """From other packages' files to the average: the same map, in its own hand and place, as from our own record."""
+    files, picks, changes = BORDER[package]
+    series = HandSeries(**{"particles": 9, "noise": 0.2, "seed": 2, "xtilt": 0.0, "magnify": 0.0, **changes})  # type: ignore[arg-type]
+    Path("TS_hand.mrc").write_bytes(by_hand.mrc_bytes(series.stack(), series.pixel, stack=True))
+    Path("TS_hand.rawtlt").write_text("\n".join(f"{t:.0f}" for t in series.tilts))
+    Path("order.txt").write_text("\n".join(map(str, series.order)))
+    program(emc_import, "TS_hand.mrc", "--dose", 1, "--dose-order", "order.txt", "--quiet")
+    program(emc_import, "--alignment", *files(series), "TS_hand", "--quiet")
+    program(emc_import, "--picks", *picks, "--label", "ribo", "TS_hand", "--quiet")
+    found, want = load_tiltseries("TS_hand"), series.record()
+    assert found.alignment is not None and found.ctf is not None and found.ctf.defocus_handedness == -1
+    for key in ("axis", "tilt", "xtilt", "shift_x", "shift_y"):
+        np.testing.assert_allclose(getattr(found.alignment, key), want["alignment"][key], atol=1e-4, err_msg=key)
+    for key in ("defocus_u", "defocus_v", "phase_shift"):
+        np.testing.assert_allclose(getattr(found.ctf, key), want["ctf"][key], atol=1e-4, err_msg=key)
+    np.testing.assert_allclose(found.picks["ribo"].xyz, series.positions, atol=1e-4)
+    program(emc_extract, "TS_hand", "--label", "ribo", "--set", "ribo", "--box", 32, "--quiet")
+    program(emc_average, "ribo", "--path", "avg", "--quiet")
+    for half in (1, 2):
+        values = by_hand.shell_correlation(mrcfile.read(f"avg/half{half}.mrc"), blobs_map(32))
+        assert values[1:5].min() > 0.9  # as `test_08_from_raw_images_to_the_average`, with four particles a half

@@ -149,6 +149,11 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(number(part) for part in text.split(","))
 
 
+def count_or_auto(text: str) -> int | None:
+    """A whole number, 1 or more, or None for auto."""
+    return None if text == "auto" else count(text)
+
+
 def box_size(text: str) -> int:
     """A box of at least 8 pixels."""
     value = integer(text)
@@ -267,7 +272,9 @@ resolution = _option("--resolution", type=positive, metavar="A", help="resolutio
 step = _option("--step", type=positive, metavar="DEG", help="angle between neighbouring orientations")
 classes = _option("--classes", type=count, default=1, metavar="N", help="number of classes")
 class_number = _option("--class", dest="class_number", type=integer, metavar="K", help="class to take")
-iterations = _option("--iterations", type=count, metavar="N", help="number of iterations")
+iterations = _option(
+    "--iterations", type=count_or_auto, metavar="N", help="number of iterations, or auto, until nothing changes (default: auto)"
+)
 diameter = _option("--diameter", type=positive, metavar="A", help="diameter of the particle in Å")
 distance = _option("--distance", type=positive, metavar="A", help="least distance between two particles in Å")
 subtomograms = _option("--subtomograms", action="store_true", default=False, help="write subtomograms too")

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from libemc import __version__, records
 from libemc.cli import history, options, progress
-from libemc.errors import InputError
+from libemc.errors import CommandFailed, InputError
 
 if TYPE_CHECKING:
     import logging
@@ -46,6 +46,10 @@ _REMEDIES = {
     errno.ENOENT: "check the name and the folder you are in",
     errno.EISDIR: "this is a folder, name a file",
     errno.ENOTDIR: "a part of this path is a file, not a folder",
+    errno.EFBIG: "this disk, or a limit (ulimit -f), allows no file so large",
+    errno.ENAMETOOLONG: "choose shorter names",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.EIO: "check the disk, or the network that it is on",
 }
 """What a user can do about the errors of the operating system that are the user's to mend."""
 
@@ -317,6 +321,9 @@ class Run:
         except KeyboardInterrupt:
             self.log.error("interrupted; what was finished is saved")
             return INTERRUPTED
+        except CommandFailed as error:
+            self.log.error(str(error))
+            return error.code
         except (Exception, SystemExit) as error:
             return self._failed(error)
 

@@ -40,10 +40,14 @@ def detector_stack(
 
     Yields:
         The pixels, a memory map of that shape.
+
+    Raises:
+        OSError: from the system, with the file's name; a full disk is found at the start.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with mrcfile.new_mmap(beside, shape=shape, mrc_mode=MODES[np.dtype(dtype)], overwrite=True) as mrc:
+            _reserve(beside)
             mrc.set_image_stack()
             mrc.voxel_size = (pixel_size, pixel_size, pixel_size)
             yield mrc.data
@@ -52,8 +56,19 @@ def detector_stack(
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        if error.filename not in (None, os.fspath(beside)):
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _reserve(path: Path) -> None:
+    """Take the disk that a mapped file will need: to run out of it while writing to the map would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
 
 
 def write_rawtlt(path: Path, tilts: Sequence[float]) -> None:

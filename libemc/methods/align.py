@@ -49,15 +49,15 @@ class Images:
 
     Attributes:
         pixels: (T, n, n) band-passed, tapered, mean 0 and deviation 1, zero beyond the image.
-        window: (n, n) the taper.
         pixel_size: Å.
         usable: (T,) bool: used, and not blank.
+        blank: those that should have been used, but show nothing.
     """
 
     pixels: Tensor
-    window: Tensor
     pixel_size: float
     usable: Tensor
+    blank: list[int]
 
     @property
     def box(self) -> int:
@@ -91,18 +91,20 @@ def prepare(
     ]
     window = edges[0][:, None] * edges[1]
     pixels, usable = torch.zeros(count, n, n), torch.tensor(list(use))
+    blank = []
     for j in range(count):
         if not use[j]:
             continue
         image = bin_image(torch.from_numpy(np.array(load(j), dtype=np.float32)), binning)
         if not bool(image.std() > LEAST_SIGNAL * image.abs().mean()):  # not finite counts as blank too
             usable[j] = False
+            blank.append(j)
             continue
         image = taper_edges(normalise(image), max(width // 4, 1))
         image = normalise(bandpass(image, 1.0, COARSEST * min(rows, columns), FINEST, edge=0.5))
         image = normalise(image.clamp(-OUTLIER, OUTLIER)) * window
         pixels[j] = fourier.centre_pad(image, (n, n))
-    return Images(pixels, fourier.centre_pad(window, (n, n)), pixel_size * binning, usable)
+    return Images(pixels, pixel_size * binning, usable, blank)
 
 
 def predict(images: Images, matrices: Tensor, shift: Tensor, tilt: int, others: Sequence[int], slab: float) -> Tensor:

@@ -79,7 +79,7 @@ def half_maps(
     counts = [0, 0]
     operators = symmetry_matrices(symmetry)
     for particles in series:
-        inverse = (1 / noise_spectrum(particles, band)).float() if whiten else None
+        noise = noise_spectrum(particles, band) if whiten else None
         pieces = [
             (half, piece)
             for half in (1, 2)
@@ -93,7 +93,7 @@ def half_maps(
             else [p for _, p in pieces]
         )
         for (half, _), piece in zip(pieces, wrapped, strict=True):
-            batch = load_batch(particles, piece, band, inverse)
+            batch = load_batch(particles, piece, band, noise)
             if len(batch.values):
                 insert_batch(sums[half - 1], batch, None, operators)
             counts[half - 1] += len(batch.values)

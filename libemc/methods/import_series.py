@@ -19,9 +19,9 @@ Array = NDArray[np.float64]
 
 NEIGHBOURS = 6
 """Images nearest in tilt that an image is compared with: few enough that the thickness seen through hardly changes."""
-FAINT = 0.4
-"""Share of its neighbours' spread (or, in counts, mean) below which an image is dark. Counting noise goes with the square
-root, so a spread of 0.4 is a sixth of the beam; from one tilt to the next ice changes it by some per cent."""
+FAINT = 0.1
+"""Share of its neighbours' beam below which an image is dark. Thick ice (450 nm) takes away up to two thirds of what the
+neighbours on one side still have, at 60 degrees in steps of 5."""
 PIXEL_SIZES_AGREE = 0.005
 """Relative difference up to which two pixel sizes are the same number, rounded."""
 ANGLES_AGREE = 1.0
@@ -60,7 +60,8 @@ def bad_images(statistics: Sequence[ImageStatistics], tilts: ArrayLike) -> list[
     """Why each image can't be used, None where it can.
 
     An image is spoilt when it holds values that are not finite, when it is constant, when it is a copy of an earlier one,
-    or when its spread (or its mean, in a stack of counts) is less than `FAINT` of the median of its neighbours in tilt.
+    or when less than `FAINT` of its neighbours' beam reached it: by its variance, to which counting noise is proportional,
+    and in a stack of counts (no mean is below zero) by its mean as well. Neighbours are those in tilt, by their median.
 
     Args:
         statistics: of every image, in the order of the stack.
@@ -86,7 +87,7 @@ def bad_images(statistics: Sequence[ImageStatistics], tilts: ArrayLike) -> list[
         if len(near) < 2:
             continue
         around = [statistics[other] for other in near[:NEIGHBOURS]]
-        share = statistics[k].deviation / float(np.median([image.deviation for image in around]))
+        share = (statistics[k].deviation / float(np.median([image.deviation for image in around]))) ** 2
         if counts:
             share = min(share, statistics[k].mean / float(np.median([image.mean for image in around])))
         if share < FAINT:
@@ -108,7 +109,8 @@ def same_pixel_size(sizes: dict[str, float | None]) -> float:
     """
     known = [(source, size) for source, size in sizes.items() if size]
     if not known:
-        raise InputError(f"there is no pixel size in {', '.join(sizes)}", None, "give it with --pixel-size")
+        files = ", ".join(source for source in sizes if not source.startswith("--"))
+        raise InputError(f"there is no pixel size in {files}", None, "give it with --pixel-size")
     (first, size), *others = known
     for source, other in others:
         if abs(other / size - 1) > PIXEL_SIZES_AGREE:
@@ -202,22 +204,19 @@ def without_bad(tilts: Tilts, reasons: Sequence[str | None]) -> Tilts:
 
 
 def float16_scale(samples: Iterable[NDArray[Any]]) -> float:
-    """The factor that gives images unit spread, so that any unit of theirs fits into float16.
+    """The factor that gives images unit variance, by the median image, so that any unit of theirs fits into float16.
 
     Args:
-        samples: some of the set's images, arrays of any shape.
+        samples: some of the set's images, arrays (n, y, x).
 
     Raises:
         InputError: they are constant, or not finite.
     """
-    count, total, squares = 0, 0.0, 0.0
-    for sample in samples:
-        values = sample.astype(np.float64)
-        count, total, squares = count + values.size, total + values.sum(), squares + np.square(values).sum()
-    variance = squares / max(count, 1) - (total / max(count, 1)) ** 2
+    variances = np.concatenate([sample.astype(np.float64).var(axis=(1, 2)) for sample in samples])
+    variance = float(np.median(variances)) if len(variances) else 0.0
     if not np.isfinite(variance) or variance <= 0:
         raise InputError("images are constant or not finite", None, "export the particles again")
-    return float(variance**-0.5)
+    return variance**-0.5
 
 
 def as_float16(images: NDArray[Any], scale: float) -> NDArray[np.float16]:

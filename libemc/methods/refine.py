@@ -224,14 +224,23 @@ def _pose_terms(
     )
 
 
+def _within(vectors: Tensor, limit: float) -> Tensor:
+    """Vectors (P, 3), those longer than `limit` shortened to it."""
+    return vectors * (limit / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0)
+
+
 def score_poses(batch: Batch, volume: FourierVolume, rotation: Tensor, shift: Tensor) -> Tensor:
     """(P,) score ⟨y, m⟩ / |m| of poses, exact slices."""
     cross, norm = _pose_terms(batch, volume, rotation, shift, slope=False)
     return cross / norm.clamp_min(1e-30).sqrt()
 
 
-def polish(batch: Batch, volume: FourierVolume, poses: Poses, steps: int = POLISH_STEPS) -> Poses:
+def polish(
+    batch: Batch, volume: FourierVolume, poses: Poses, limit: float = math.inf, steps: int = POLISH_STEPS
+) -> Poses:
     """Continuous optimum of rotation and shift by damped Gauss-Newton, never worse than the start.
+
+    `limit`: the ball of shifts that it stays in, px.
 
     Minimises |y - a·m|² over pose and scale a, the scale eliminated (variable projection in Kaufman's form), with
     y already CTF-weighted: only ⟨y, m⟩ and |m|² are needed.
@@ -258,13 +267,11 @@ def polish(batch: Batch, volume: FourierVolume, poses: Poses, steps: int = POLIS
         floor = 1e-9 * diagonal.amax(dim=1, keepdim=True) + 1e-30
         lhs = normal + torch.diag_embed(damping[:, None] * diagonal.clamp_min(0) + floor) * eye
         step = torch.linalg.solve(lhs, gradient[..., None])[..., 0]
-        # no step further than one band's worth of rotation or shift: beyond it the linear model means nothing
-        reach = batch.band.box / (2 * torch.pi * batch.band.radius)
-        turn, slide = step[:, :3], step[:, 3:]
-        limit = (reach / slide.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0)
-        angle = (2.0 / batch.band.radius / turn.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0)
-        rotation = matrix_from_rotvec(torch.rad2deg(turn * angle)) @ best_rotation
-        shift = best_shift + slide * limit
+        # no step further than the band's finest period over 2 pi: beyond it the linear model means nothing
+        turn = _within(step[:, :3], 2.0 / batch.band.radius)
+        slide = _within(step[:, 3:], batch.band.box / (2 * torch.pi * batch.band.radius))
+        rotation = matrix_from_rotvec(torch.rad2deg(turn)) @ best_rotation
+        shift = _within(best_shift + slide, limit)
     final = score_poses(batch, volume, rotation, shift)
     better = final > best
     best = torch.where(better, final, best)
@@ -322,7 +329,7 @@ def align_batch(
     count = len(batch.rotation)
     present = Poses(batch.rotation, torch.zeros(count, 3, dtype=torch.float64), torch.empty(0))
     if grid is None or coarse is None:
-        return _limited(polish(batch, fine, present), limit)
+        return polish(batch, fine, present, limit)
     balls = half_balls(batch, grid.radius)
     _, rotation, shift = search_everywhere(balls, coarse, grid.rotations, grid.shifts, CANDIDATES)
     low_band = Band.of(batch.band.box, min(grid.radius, batch.band.radius))
@@ -330,9 +337,9 @@ def align_batch(
     tried = []
     for c in range(rotation.shape[1]):
         start = Poses(grid.rotations[rotation[:, c]], grid.shifts[shift[:, c]], torch.empty(0))
-        tried.append(_limited(polish(low, fine, start, steps=4), limit))
+        tried.append(polish(low, fine, start, limit, steps=4))
     best_two = torch.stack([t.score for t in tried], dim=1).topk(min(2, len(tried)), dim=1).indices
-    finals = [_limited(polish(batch, fine, present), limit)]
+    finals = [polish(batch, fine, present, limit)]
     for c in range(best_two.shape[1]):
         pick = best_two[:, c]
         start = Poses(
@@ -340,7 +347,7 @@ def align_batch(
             torch.stack([t.shift for t in tried])[pick, torch.arange(count)],
             torch.empty(0),
         )
-        finals.append(_limited(polish(batch, fine, start), limit))
+        finals.append(polish(batch, fine, start, limit))
     winner = torch.stack([f.score for f in finals]).argmax(dim=0)
     each = torch.arange(count)
     return Poses(
@@ -348,12 +355,6 @@ def align_batch(
         torch.stack([f.shift for f in finals])[winner, each],
         torch.stack([f.score for f in finals])[winner, each],
     )
-
-
-def _limited(poses: Poses, limit: float) -> Poses:
-    """The same poses, those that went further than `limit` px with the lowest of scores."""
-    far = torch.linalg.vector_norm(poses.shift, dim=1) > limit + 1e-9
-    return replace(poses, score=torch.where(far, torch.full_like(poses.score, -torch.inf), poses.score))
 
 
 def reference_filter(fsc: Tensor) -> Tensor:
@@ -411,7 +412,7 @@ def iterate(
     for particles in series:
         rotation, xyz = particles.rotation.clone(), particles.xyz.clone()
         score = torch.full_like(particles.score, float("nan"))
-        inverse = (1 / noise_spectrum(particles, band)).float()
+        noise = noise_spectrum(particles, band)
         seen = particles.use & (particles.visible & particles.series.use).any(dim=1)
         size = chunk_size(particles, band, memory)
         pieces = [
@@ -423,7 +424,7 @@ def iterate(
             else [p for _, p in pieces]
         )
         for (half, _), piece in zip(pieces, wrapped, strict=True):
-            batch = load_batch(particles, piece, band, inverse)
+            batch = load_batch(particles, piece, band, noise)
             poses = align_batch(batch, fine[half - 1], coarse[half - 1], grid, limit)
             rotation[piece] = poses.rotation
             xyz[piece] += poses.shift * pixel_size

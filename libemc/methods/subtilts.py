@@ -18,6 +18,9 @@ from libemc.numerics import slices
 from libemc.numerics.rotations import euler_from_matrix, matrix_from_euler, tilt_matrices
 from libemc.records import Alignment, Ctf, Particle, ParticleFile, ParticleTilts, TiltSeriesRecord
 
+LEAST_NOISE = 1e-4
+"""Noise power, over the median of all rings and tilts, below which a ring is taken as empty instead of noiseless."""
+
 Stack = Any
 """Anything indexed like an array [image, y, x]: a memory map most of the time."""
 
@@ -278,9 +281,13 @@ def transfer_function(
     z = torch.where(known, defocus, torch.zeros_like(defocus))[:, None].float()
     c = ctf_model.ctf(kx, ky, z + at[0], z - at[0], at[1], at[2], series.optics)
     c = torch.where(known[:, None], c, torch.ones((), dtype=c.dtype))
-    k = (kx**2 + ky**2).sqrt()
-    filters = dose_model.exposure_filter(k, series.dose_end[:, None].float(), series.optics.voltage)
-    return c * filters[tilt]
+    return c * dose_filter(series, band, pixel_size)[tilt]
+
+
+def dose_filter(series: SeriesModel, band: slices.Band, pixel_size: float) -> Tensor:
+    """Exposure filter of each tilt, (T, K) float32."""
+    kx, ky = band.frequencies(pixel_size)
+    return dose_model.exposure_filter((kx**2 + ky**2).sqrt(), series.dose_end[:, None].float(), series.optics.voltage)
 
 
 def _read_images(particles: Particles, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,31 +297,36 @@ def _read_images(particles: Particles, index: Tensor) -> tuple[Tensor, Tensor, T
     return torch.from_numpy(np.asarray(particles.stack[number.numpy()], dtype=np.float32)), owner, tilt
 
 
-def load_batch(particles: Particles, index: Tensor, band: slices.Band, inverse_noise: Tensor | None = None) -> Batch:
+def load_batch(particles: Particles, index: Tensor, band: slices.Band, noise: Tensor | None = None) -> Batch:
     """Read the used, visible images of some particles from the stack.
 
     Args:
         index: (P,) places in the particle file.
         band: of the particles' box.
-        inverse_noise: (K,) 1/noise power in the band, whitening; None: the noise is white already.
+        noise: (T, K) `noise_spectrum`, by which images are whitened; None: the noise is white already.
     """
     series, file = particles.series, particles.file
     images, owner, tilt = _read_images(particles, index)
     moved = (particles.xyz - particles.centre)[index][owner]
     q = torch.einsum("bij,bj->bi", series.matrices[tilt], moved)
     defocus = particles.defocus[index][owner, tilt] + series.handedness * q[:, 2]
-    transfer = transfer_function(series, tilt, defocus, particles.lens[index][owner, tilt], band, file.pixel_size)
+    lens = particles.lens[index][owner, tilt]
     values = slices.spectra_of_images(images, band)
-    if series.premultiplied:
-        kx, ky = band.frequencies(file.pixel_size)
-        k = (kx**2 + ky**2).sqrt()
-        filters = dose_model.exposure_filter(k, series.dose_end[tilt][:, None].float(), series.optics.voltage)
-        values = values * filters
-    else:
+    weighted = series.premultiplied and noise is not None and is_dose_weighted(noise, series, band, file.pixel_size)
+    if weighted:
+        series = replace(series, dose_end=torch.zeros_like(series.dose_end))
+    transfer = transfer_function(series, tilt, defocus, lens, band, file.pixel_size)
+    if not series.premultiplied:
         values = values * transfer
-    if inverse_noise is not None:
-        values = values * inverse_noise
-        transfer = transfer * inverse_noise.sqrt()
+    else:
+        values = values * dose_filter(series, band, file.pixel_size)[tilt]
+    if noise is not None and series.premultiplied:
+        # images times CTF times a weight w, noise power w²: the weight is the signal's too, so it stands in the transfer
+        weight = (noise / noise[series.use].mean()).sqrt().float()[tilt]
+        transfer = transfer * weight
+    elif noise is not None:
+        values = values / noise.float()[tilt]
+        transfer = transfer / noise.float().sqrt()[tilt]
     magnification = series.magnification[tilt]
     shift = q[:, :2] * magnification[:, None] / file.pixel_size
     return Batch(
@@ -349,10 +361,11 @@ def chunk_size(particles: Particles, band: slices.Band, memory: int) -> int:
 
 
 def noise_spectrum(particles: Particles, band: slices.Band, most: int = 64) -> Tensor:
-    """Mean power of the particles' images on rings of one Fourier pixel, read at the coefficients of a band: (K,) float64.
+    """Noise power of each tilt on rings of one Fourier pixel, read at the coefficients of a band: (T, K) float64.
 
-    The signal of one particle in one tilt is far below the noise, so this is the noise for weighting's sake. For
-    premultiplied images the CTF² they carry is divided out of the ring's mean.
+    The signal of one particle in one tilt is far below the noise, so the images' own power is the noise for weighting's
+    sake. For premultiplied images the CTF² they carry is divided out; what is left is the square of whatever else they
+    were multiplied by. Rings are averaged with their neighbours, since the innermost hold a few coefficients only.
 
     Args:
         most: how many particles, spread over the file, are looked at.
@@ -360,22 +373,45 @@ def noise_spectrum(particles: Particles, band: slices.Band, most: int = 64) -> T
     use = torch.nonzero(particles.use)[:, 0]
     some = use[torch.linspace(0, len(use) - 1, min(most, len(use))).round().long()] if len(use) else use
     rings = band.radii.round().long()
-    power = torch.zeros(int(rings.max()) + 1, dtype=torch.float64)
+    power = torch.zeros(len(particles.series.use), int(rings.max()) + 1, dtype=torch.float64)
     norm = torch.zeros_like(power)
     undamaged = replace(particles.series, dose_end=torch.zeros_like(particles.series.dose_end))
     for piece in chunks(some, 16):
         images, owner, tilt = _read_images(particles, piece)
         if not len(images):
             continue
-        power.index_add_(0, rings, (slices.spectra_of_images(images, band).abs() ** 2).double().sum(0))
-        weight = torch.ones(images.shape[0], len(rings), dtype=torch.float64)
+        weight = torch.ones(len(images), len(rings), dtype=torch.float64)
         if particles.series.premultiplied:
-            defocus = particles.defocus[piece][owner, tilt]
-            lens = particles.lens[piece][owner, tilt]
+            defocus, lens = particles.defocus[piece][owner, tilt], particles.lens[piece][owner, tilt]
             weight = transfer_function(undamaged, tilt, defocus, lens, band, particles.file.pixel_size).double() ** 2
-        norm.index_add_(0, rings, weight.sum(0))
-    if not norm.any():
-        return torch.ones(len(rings), dtype=torch.float64)
-    spectrum = power / norm.clamp_min(1e-12)
-    spectrum[0] = spectrum[1] if len(spectrum) > 1 else spectrum[0]
-    return spectrum[rings].clamp_min(float(spectrum.max()) * 1e-6)
+        for table, part in ((power, slices.spectra_of_images(images, band).abs().double() ** 2), (norm, weight)):
+            by_ring = torch.zeros(len(part), table.shape[1], dtype=torch.float64).index_add_(1, rings, part)
+            table.index_add_(0, tilt, by_ring)
+    power[:, 0], norm[:, 0] = 0.0, 0.0  # the mean of an image is no noise
+    power, norm = (_with_neighbours(table) for table in (power, norm))
+    known = norm > 0
+    spectrum = torch.where(known, power / norm.clamp_min(1e-300), 0.0)
+    typical = float(spectrum[known].median()) if known.any() else 1.0
+    # a ring without power (blank images, nothing beyond a filter) must not get infinite weight
+    spectrum = torch.where(spectrum > LEAST_NOISE * typical, spectrum, typical if typical > 0 else 1.0)
+    return spectrum[:, rings]
+
+
+def _with_neighbours(table: Tensor) -> Tensor:
+    """Sums over each ring and its two neighbours, (T, R)."""
+    padded = torch.nn.functional.pad(table, (1, 1))
+    return padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
+
+
+def is_dose_weighted(noise: Tensor, series: SeriesModel, band: slices.Band, pixel_size: float) -> bool:
+    """Whether premultiplied images carry a dose weight already, seen from how their noise (T, K) falls with dose.
+
+    The slope of log noise on the log of the exposure filter squared is 1 where they do, 0 where they do not.
+    """
+    kx, ky = band.frequencies(pixel_size, torch.float64)
+    k = (kx**2 + ky**2).sqrt()
+    filters = dose_model.exposure_filter(k, series.dose_end[:, None], series.optics.voltage)
+    seen = series.use & (noise > 0).all(dim=1)
+    x, y = 2 * filters[seen].log(), noise[seen].log()
+    x, y = x - x.mean(dim=0), y - y.mean(dim=0)
+    return bool((x * y).sum() > 0.5 * (x * x).sum()) and bool((x * x).sum() > 0)

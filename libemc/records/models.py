@@ -111,6 +111,8 @@ class Source(Section):
     shape: Shape
     """Tilts, rows, columns."""
     pixel_size: PositiveFloat
+    header_pixel_size: PositiveFloat | None = None
+    """What the stack's header says instead, where import was told not to believe it."""
     voltage: PositiveFloat
     cs: float
     amplitude_contrast: float

@@ -106,6 +106,7 @@ def _replace(target: Path, record: R) -> R:
 
     Raises:
         ValueError: it would not read back (a copy with a wrong length, say); nothing was written.
+        OSError: from the system, with the record's name.
     """
     record = provenance.stamped(record, target)
     text = dumps(record).encode()
@@ -117,8 +118,11 @@ def _replace(target: Path, record: R) -> R:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, target)
-    except BaseException:
-        beside.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk says so in `write` or `fsync`, which know no names
+            raise OSError(error.errno, error.strerror, os.fspath(target)) from error
         raise
     directory = os.open(target.parent, os.O_RDONLY)
     with suppress(OSError):  # some network file systems cannot flush a directory; the replacement itself is done

@@ -1,11 +1,7 @@
-"""Other packages' particles and points into our records, and our particles into theirs: for the programs that import and
-export. Sees formats, records and methods together, as `project` does; the conventions themselves end in `io`.
-"""
+"""Particle sets with their images: on their way in from RELION and Warp, and out as 2-D particles of RELION 3.1."""
 
 from __future__ import annotations
 
-import functools
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,22 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from libemc import records
 from libemc.errors import InputError
-from libemc.io import geometry, mrc, relion
-from libemc.io.acquisition import Acquisition, read_acquisition
-from libemc.io.detect import read_alignment
-from libemc.io.files import read_json, read_table, resolve
-from libemc.io.picks import read_picks
-from libemc.io.star import read_star
-from libemc.io.truth import is_truth, read_truth
+from libemc.interchange.series import points, row
+from libemc.io import mrc, relion
+from libemc.io.files import resolve
 from libemc.methods import import_series
 from libemc.methods.export import image_table
-from libemc.methods.simulate import order_of_tilts
 from libemc.methods.subtilts import Particles
-from libemc.records import Optics, Particle, ParticleFile, ParticleTilts, TiltSeriesRecord, half_of
+from libemc.records import Optics, Particle, ParticleFile, ParticleSet, ParticleTilts, half_of
 
 SAMPLED = 4
 """Particles of each tilt series that the scale of a set is measured on."""
@@ -36,304 +26,6 @@ AT_ONCE = 64
 """Images read at once on the way out."""
 
 Images = NDArray[np.float32]
-
-
-# -------------------------------------------------------------------------------------------- a raw tilt series
-
-ORDERS = {"sequential": "continuous", "dose-symmetric": "dose-symmetric"}
-"""Orders of exposure by name, and what the simulator calls them."""
-DEFAULT_VOLTAGE = 300.0
-
-
-@dataclass(frozen=True)
-class Told:
-    """What the user says of raw stacks; None: what the files say. Å, degrees, e/Å², kV, mm.
-
-    Attributes:
-        rawtlt, mdoc: files of angles.
-        tilt_start, tilt_step: angle of the first image, and from image to image.
-        ignore_header: whether `pixel_size` is taken where files contradict it.
-        dose: of each exposure.
-        dose_order: a name in `ORDERS`, or a file that lists the order.
-        contrast: dark or bright.
-        place: "copy" or "link" the stack into the project, or "" to leave it where it is.
-    """
-
-    rawtlt: Path | None
-    mdoc: Path | None
-    tilt_start: float | None
-    tilt_step: float | None
-    pixel_size: float | None
-    ignore_header: bool
-    voltage: float | None
-    cs: float
-    amplitude_contrast: float
-    axis: float | None
-    dose: float | None
-    dose_order: str | None
-    contrast: Literal["dark", "bright"]
-    place: str
-
-    def __post_init__(self) -> None:
-        if (self.tilt_start is None) != (self.tilt_step is None):
-            raise InputError("--tilt-start and --tilt-step go together", remedy="give both")
-        if self.ignore_header and self.pixel_size is None:
-            raise InputError("--ignore-header without --pixel-size", remedy="give the pixel size")
-
-
-@dataclass(frozen=True)
-class RawSeries:
-    """A raw stack on its way in: its record with all tilts used, the stack mapped, the files read, what to warn of."""
-
-    record: TiltSeriesRecord
-    images: mrc.MrcImages
-    files: tuple[Path, ...]
-    warnings: tuple[str, ...]
-
-    def looked_at(self, progress: Callable[..., Iterator[NDArray[Any]]]) -> TiltSeriesRecord:
-        """The record after a look at every image, spoilt ones marked.
-
-        Raises:
-            InputError: no image can be used.
-        """
-        numbers = [
-            import_series.image_statistics(image) for image in progress(self.images.array, label=self.record.name)
-        ]
-        reasons = import_series.bad_images(numbers, self.record.tilts.nominal)
-        if all(reasons):
-            raise InputError(f"no image can be used: image 0 is {reasons[0]}", self.images.path, "check the file")
-        return self.record.model_copy(update={"tilts": import_series.without_bad(self.record.tilts, reasons)})
-
-
-def raw_series(path: Path, told: Told, project: Path) -> RawSeries:
-    """A raw stack with the files beside it.
-
-    Raises:
-        InputError: the stack or a file can't be read or is not of this stack, or they contradict each other.
-    """
-    images = mrc.open_stack(path, told.pixel_size if told.ignore_header else None)
-    if images.shape[0] < 2:
-        raise InputError("holds one image", path, "give a stack with an image for each tilt")
-    step = None if told.tilt_start is None or told.tilt_step is None else (told.tilt_start, told.tilt_step)
-    found = read_acquisition(path, images.shape[0], told.rawtlt, told.mdoc, step)
-    tilts, warning = _tilts(found, told)
-    sizes = {"--pixel-size": told.pixel_size, str(path): images.pixel_size}
-    if found.mdoc and not told.ignore_header:
-        sizes[f"the .mdoc of {path.name}"] = found.mdoc.pixel_size
-    absolute = Path(os.path.abspath(path))
-    origin = str(absolute.relative_to(project) if absolute.is_relative_to(project) else absolute)
-    axis = found.mdoc.tilt_axis if told.axis is None and found.mdoc else told.axis
-    source = records.Source(
-        stack=f"tiltseries/{path.name}" if told.place else origin,
-        shape=images.shape,
-        pixel_size=import_series.same_pixel_size(sizes),
-        voltage=told.voltage or (found.mdoc and found.mdoc.voltage) or DEFAULT_VOLTAGE,
-        cs=told.cs,
-        amplitude_contrast=told.amplitude_contrast,
-        tilt_axis=axis,
-        contrast=told.contrast,
-        origin=origin,
-    )
-    record = TiltSeriesRecord(name=path.stem, source=source, tilts=tilts)
-    return RawSeries(record, images, found.files, tuple(text for text in (found.ignored, warning) if text))
-
-
-def _tilts(found: Acquisition, told: Told) -> tuple[records.Tilts, str | None]:
-    """Angles, order and doses of a stack, and what to warn of."""
-    nominal, mdoc, warning = found.nominal, found.mdoc, None
-    order: Sequence[int] | None = None if mdoc is None or mdoc.order is None else mdoc.order.tolist()
-    dose: Sequence[float] | None = None if mdoc is None or mdoc.dose is None else mdoc.dose.tolist()
-    before = mdoc.dose_before if mdoc and told.dose is None and told.dose_order is None else None
-    if told.dose_order in ORDERS:
-        order = order_of_tilts(nominal.tolist(), ORDERS[told.dose_order])
-    elif told.dose_order is not None:
-        try:
-            order = import_series.exposure_order([row[0] for row in read_table(told.dose_order)], nominal)
-        except InputError as error:
-            raise InputError(error.what, error.where or told.dose_order, error.remedy) from None
-    if told.dose is not None:
-        dose = (told.dose,) * len(nominal)
-    if dose is None and before is None:
-        warning = "no doses are known: particles and tomograms will not be weighted by dose"
-    elif order is None and before is None:
-        warning = "the order of exposure is taken for dose-symmetric; --dose-order says otherwise"
-        order = order_of_tilts(nominal.tolist())
-    return import_series.tilts_section(nominal, order, dose, None if before is None else before.tolist()), warning
-
-
-# ------------------------------------------------------------------------------------- sections that others found
-
-
-DISTORTION = 0.01
-"""Shear of an .xf from which on it is worth a warning: 1 % moves the edge of a 4k image by 20 pixels."""
-
-
-def _row(values: ArrayLike) -> tuple[float, ...]:
-    return tuple(float(v) for v in np.asarray(values, dtype=np.float64))
-
-
-def _points(values: NDArray[np.float64]) -> tuple[tuple[float, float, float], ...]:
-    return tuple((float(x), float(y), float(z)) for x, y, z in values)
-
-
-@dataclass(frozen=True)
-class Change:
-    """What is to be done to a tilt series' record, the line that says so, and what to warn of."""
-
-    apply: Callable[[TiltSeriesRecord], TiltSeriesRecord]
-    line: str
-    warnings: tuple[str, ...] = ()
-
-
-def alignment_change(given: Sequence[Path], record: TiltSeriesRecord) -> Change:
-    """An alignment, and the CTF where it is said, in the files of another package.
-
-    Raises:
-        InputError: files that can't be read, or are of another stack, or leave no tilt to use.
-    """
-    source = record.source
-    aligned, ctf = read_alignment(
-        given,
-        shape=source.shape[1:],
-        pixel_size=source.pixel_size,
-        nominal=np.array(record.tilts.nominal),
-        name=record.name,
-    )
-    use = with_alignment(record, aligned, ctf).tilts.use
-    if not any(use):
-        raise InputError("leaves no tilt to use", given[0], "check that it belongs to the stack")
-    warnings: tuple[str, ...] = ()
-    if aligned.distortion > DISTORTION:
-        warnings = (f"{record.name}: the transforms shear images by {aligned.distortion:.1%}, which is left out",)
-    lens = f"defocus {(ctf.defocus_u + ctf.defocus_v).mean() / 2:.0f} Å" if ctf else "no CTF"
-    line = (
-        f"{record.name}: alignment of {sum(use)}/{len(use)} tilts, {aligned.tilt.min():g} to {aligned.tilt.max():g} "
-        f"degrees, axis {np.median(aligned.axis):g}, {lens}"
-    )
-    return Change(functools.partial(with_alignment, found=aligned, ctf=ctf), line, warnings)
-
-
-def with_alignment(record: TiltSeriesRecord, found: geometry.Alignment, ctf: geometry.Ctf | None) -> TiltSeriesRecord:
-    """The record with this alignment and, where there is one, CTF; tilts that the alignment left out are unused."""
-    magnified = bool(np.any(found.magnification != 1))
-    alignment = records.Alignment(
-        axis=_row(found.axis),
-        tilt=_row(found.tilt),
-        xtilt=_row(found.xtilt),
-        shift_x=_row(found.shift_x),
-        shift_y=_row(found.shift_y),
-        magnification=_row(found.magnification) if magnified else None,
-    )
-    tilts = record.tilts
-    use = [bool(kept) for kept in found.use]
-    why = [
-        reason or (None if kept else "left out by the imported alignment")
-        for reason, kept in zip(tilts.reason or (None,) * len(use), use, strict=True)
-    ]
-    used = tuple(old and kept for old, kept in zip(tilts.use, use, strict=True))
-    update: dict[str, Any] = {
-        "alignment": alignment,
-        "tilts": tilts.model_copy(update={"use": used, "reason": tuple(why)}),
-    }
-    if ctf is not None:
-        old_hand = record.ctf.defocus_handedness if record.ctf else -1
-        update["ctf"] = records.Ctf(
-            defocus_u=_row(ctf.defocus_u),
-            defocus_v=_row(ctf.defocus_v),
-            angle=_row(ctf.angle),
-            phase_shift=_row(ctf.phase_shift),
-            score=None if ctf.score is None else _row(ctf.score),
-            resolution=None if ctf.resolution is None else _row(ctf.resolution),
-            defocus_handedness=-1 if (ctf.handedness or old_hand) < 0 else 1,
-        )
-    return record.model_copy(update=update)
-
-
-def picks_section(found: geometry.Picks, source: str, chosen: NDArray[np.bool_] | None = None) -> records.Picks:
-    """Points as a record's picks.
-
-    Args:
-        source: the file that they come from.
-        chosen: (N,) which of them; None: all.
-
-    Raises:
-        InputError: there are none.
-    """
-    rows = np.ones(len(found.xyz), bool) if chosen is None else chosen
-    if not rows.any():
-        raise InputError("has no points" if chosen is None else "has no points of that class", source, "check the file")
-    columns: dict[str, Any] = {
-        name: None if getattr(found, name) is None else _row(getattr(found, name)[rows])
-        for name in ("rot", "tilt", "psi", "score")
-    }
-    return records.Picks(xyz=_points(found.xyz[rows]), source=source, **columns)
-
-
-def with_picks(record: TiltSeriesRecord, label: str, picks: records.Picks) -> TiltSeriesRecord:
-    """The record with these points under a label, in place of what it had there."""
-    return record.model_copy(update={"picks": {**record.picks, label: picks}})
-
-
-def picks_change(
-    path: Path, record: TiltSeriesRecord, label: str, class_number: int | None, tomogram: Path | None
-) -> Change:
-    """Points of one tilt series from a file of any kind.
-
-    Args:
-        class_number: of a simulator's truth, only the particles of this class.
-        tomogram: the map that coordinates in pixels refer to; None: the record's own, where it has just one.
-
-    Raises:
-        InputError: not a file of points of this tilt series, none of the class, or all out of the microscope's sight.
-    """
-    truth = path.suffix.lower() == ".json" and is_truth(read_json(path))
-    if class_number is not None and not truth:
-        raise InputError("has no classes that --class could choose", path, "leave --class out")
-    chosen = None
-    if truth:
-        simulated = read_truth(path)
-        found = simulated.picks
-        chosen = None if class_number is None else simulated.classes == class_number
-    else:
-        shape, pixel_size, centre = _frame(record, tomogram)
-        found = read_picks(path, shape=shape, pixel_size=pixel_size, name=record.name, label=label)
-        if any(centre) and _in_pixels(path):
-            found = replace(found, xyz=found.xyz + np.array(centre))
-    picks = picks_section(found, str(path), chosen)
-    _, rows, columns = record.source.shape
-    half = np.hypot(rows, columns) * record.source.pixel_size / 2
-    outside = int((np.abs(np.array(picks.xyz)[:, :2]) > half).any(axis=1).sum())
-    if outside == len(picks.xyz):
-        what = f"has no point within the images of {record.name}"
-        raise InputError(what, path, "positions are in Å from the tomogram's centre")
-    warnings = (f"{outside} points of {path} lie outside the images of {record.name}",) if outside else ()
-    line = f"{record.name}: {len(picks.xyz)} {label}, {'with' if picks.rot else 'without'} angles"
-    return Change(functools.partial(with_picks, label=label, picks=picks), line, warnings)
-
-
-def _in_pixels(path: Path) -> bool:
-    """Whether a file's positions are in pixels of a tomogram."""
-    if path.suffix.lower() == ".star":
-        return not any("rlnCenteredCoordinateXAngst" in block.columns for block in read_star(path).values())
-    return path.suffix.lower() in (".tbl", ".mod")
-
-
-def _frame(
-    record: TiltSeriesRecord, tomogram: Path | None
-) -> tuple[tuple[int, int, int] | None, float | None, tuple[float, float, float]]:
-    """Shape [z, y, x], pixel size and centre of the tomogram that pixels refer to: the one given, else the only one."""
-    nowhere = (0.0, 0.0, 0.0)
-    if tomogram is not None:
-        images = mrc.open_stack(tomogram)
-        listed = (known for known in record.tomograms if os.path.abspath(known.file) == os.path.abspath(tomogram))
-        return images.shape, images.pixel_size, next((known.centre for known in listed), nowhere)
-    whole = [known for known in record.tomograms if known.half is None]
-    if len(whole) == 1:
-        return whole[0].shape, whole[0].pixel_size, whole[0].centre
-    return None, None, nowhere
-
-
-# -------------------------------------------------------------------------------------------------------- particles
 
 
 def _halves(half: NDArray[np.int64], names: Sequence[str]) -> list[Any]:
@@ -370,19 +62,19 @@ def series_file(
         dose = np.full(count, tomogram.dose) if tomogram.dose else np.array(import_series.doses_from_before(before))
     ids = [f"{name}.{i:06d}" for i in range(len(series.xyz))]
     halves = _halves(series.half, ids)
-    points = _points(series.xyz)
+    positions = points(series.xyz)
     use = np.ones(count, bool) if tomogram.scale is None else tomogram.scale > 0
     particles = tuple(
         Particle(
             id=ids[i],
-            xyz=points[i],
-            centre=points[i],
+            xyz=positions[i],
+            centre=positions[i],
             rot=float(series.rot[i]),
             tilt=float(series.tilt[i]),
             psi=float(series.psi[i]),
             half=halves[i],
             parent=series.name[i],
-            defocus=None if mean is None else _row(mean[i]),
+            defocus=None if mean is None else row(mean[i]),
             visible=tuple(int(v) for v in seen[i]),
         )
         for i in range(len(ids))
@@ -395,16 +87,16 @@ def series_file(
         ctf_premultiplied=optics.premultiplied,
         optics=Optics(voltage=optics.voltage, cs=optics.cs, amplitude_contrast=optics.amplitude_contrast),
         tilts=ParticleTilts(
-            axis=_row(found.axis),
-            tilt=_row(found.tilt),
-            xtilt=_row(found.xtilt),
-            magnification=_row(found.magnification),
-            dose=_row(dose),
-            dose_before=_row(before),
+            axis=row(found.axis),
+            tilt=row(found.tilt),
+            xtilt=row(found.xtilt),
+            magnification=row(found.magnification),
+            dose=row(dose),
+            dose_before=row(before),
             use=tuple(bool(v) for v in use & found.use),
-            astigmatism=_row(zeros if ctf is None else (ctf.defocus_u - ctf.defocus_v) / 2),
-            astigmatism_angle=_row(zeros if ctf is None else ctf.angle),
-            phase_shift=_row(zeros if ctf is None else ctf.phase_shift),
+            astigmatism=row(zeros if ctf is None else (ctf.defocus_u - ctf.defocus_v) / 2),
+            astigmatism_angle=row(zeros if ctf is None else ctf.angle),
+            phase_shift=row(zeros if ctf is None else ctf.phase_shift),
         ),
         defocus_handedness=hand,
         particles=particles,
@@ -488,6 +180,11 @@ class Incoming:
 
     file: ParticleFile
     block: Callable[[int], Images]
+
+    @property
+    def images(self) -> int:
+        """How many images the stack will hold."""
+        return len(self.file.particles) * len(self.file.tilts.tilt)
 
     def samples(self) -> Iterator[Images]:
         """Images of some particles, those that are empty left out."""
@@ -616,8 +313,8 @@ def incoming_particles(
     return _flat(path, set_name, symmetry)
 
 
-def common_box(incoming: Sequence[Incoming], path: Path) -> tuple[int, float]:
-    """The box and pixel size that all particles of a set share.
+def common_head(incoming: Sequence[Incoming], path: Path) -> ParticleSet:
+    """The set's own record, whose box and pixel size all its particles share.
 
     Raises:
         InputError: they differ.
@@ -625,7 +322,8 @@ def common_box(incoming: Sequence[Incoming], path: Path) -> tuple[int, float]:
     found = {(each.file.box, round(each.file.pixel_size, 4)) for each in incoming}
     if len(found) > 1:
         raise InputError(f"has particles of several boxes or pixel sizes {sorted(found)}", path, "export one at a time")
-    return incoming[0].file.box, incoming[0].file.pixel_size
+    file = incoming[0].file
+    return ParticleSet(set=file.set, box=file.box, pixel_size=file.pixel_size, symmetry=file.symmetry)
 
 
 # ------------------------------------------------------------------------------------------------------------ the way out

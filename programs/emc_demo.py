@@ -1,0 +1,200 @@
+#!/usr/bin/env python3
+"""Run the whole chain on a small simulated data set, and compare what comes out with the truth.
+
+In the new folder DIR two tilt series are simulated, imported, aligned and reconstructed, and their particles cut out,
+averaged, refined and exported. Each command is printed before it runs, as it can be typed in DIR; DIR/commands.sh has all.
+Last comes a table of what was found and what is true, and a list of the pictures. The truth is used where a line says
+so, and nowhere else. It takes some minutes on two cores.
+
+    emc_demo                         # in ./emc_demo
+    emc_demo /tmp/look --quick       # a smaller one: one tilt series, about a minute
+    emc_demo --dry-run               # only print the commands
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from libemc import comparison
+from libemc.cli import Program, Run
+from libemc.cli.commands import execute
+from libemc.errors import InputError
+from libemc.io.files import read_json, read_text, write_text
+from libemc.io.truth import read_truth
+
+SCRIPT = "commands.sh"
+FIRST_LINES = "#!/bin/sh\n# By emc_demo, which itself writes raw/*_picks.csv after the first step.\nset -e"
+"""What a folder of this program's has in it, and how that begins: no other folder is ever emptied."""
+PICKING_ERROR = 8.0  # Å rms along each axis: what a careful picking program leaves
+RIGHT = 15.0  # degrees within which an orientation counts as found
+REACH = 60.0  # Å: a position that is farther from every true one is none of them
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is simulated: pixels of an image, degrees between tilts, particles of a tilt series, tilt series."""
+
+    side: int
+    step: int
+    count: int
+    series: int
+
+    @property
+    def names(self) -> list[str]:
+        """The tilt series."""
+        return [f"demo_{k + 1:02d}" for k in range(self.series)]
+
+
+FULL, QUICK = Size(480, 4, 36, 2), Size(288, 6, 12, 1)
+
+STEPS = (
+    ("Tilt series of known particles in ice, with all that a microscope does to them; and the truth",
+     "emc_simulate raw/{name} --size {side} {side} --pixel-size 6 --box 54 --count {count} --tilt-range -60 60 {step} "
+     "--dose 3.5 --thickness 600 --defocus {defocus} --seed {seed} --map-out raw/{name}_map.mrc"),
+    ("Begin a project: angles and doses are found beside the stacks",
+     "emc_import {stacks}"),
+    ("Align without markers, and reconstruct",
+     "emc_tomogram --all --bin 4 --thickness 900"),
+    ("From the truth: alignment and CTF. The programs that find them well enough for particles are still to come",
+     "emc_import --alignment raw/{name}_truth.json {name} --overwrite"),
+    ("Reconstruct again",
+     "emc_tomogram --all --load --bin 2 --thickness 900 --ctf wiener --lowpass 60"),
+    ("From the truth: picks `emc`, positions moved at random, no orientations; picks `true`, as they are",
+     "emc_import --picks raw/{name}_picks.csv --label emc {name}",
+     "emc_import --picks raw/{name}_truth.json --label true {name}"),
+    ("Cut the particles out of the raw images",
+     "emc_extract --all --label emc --set emc --box 54",
+     "emc_extract --all --label true --set true --box 54"),
+    ("The best that can be: the average at the true poses",
+     "emc_average true --path oracle"),
+    ("From the truth: a reference, without detail finer than 60 Å",
+     "emc_volume raw/{first}_map.mrc reference.mrc --lowpass 60"),
+    ("Find orientations and positions, from nothing but that",
+     "emc_refine emc --reference reference.mrc --startres 60 --path spt_00"),
+    ("How good is it? By itself, and against the truth",
+     "emc_mask spt_00/average.mrc --lowpass 20",
+     "emc_fsc spt_00/half1.mrc spt_00/half2.mrc --mask mask.mrc --output fsc",
+     "emc_fsc spt_00/average.mrc raw/{first}_map.mrc --model --mask mask.mrc --output fsc_truth"),
+    ("On with it: to RELION, and the commands that made the map",
+     "emc_export spt_00 --format relion31",
+     "emc_info spt_00 --history",
+     "emc_info spt_00/average.mrc --replay > again.sh"),
+)  # fmt: skip
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The program's own options."""
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("emc_demo"), metavar="DIR", help="folder to make")
+    parser.add_argument("--quick", action="store_true", help="one small tilt series")
+
+
+def commands(size: Size, seed: int) -> Iterator[tuple[str, str]]:
+    """Each command after the text that it belongs to; those of one tilt series once for each."""
+    common = {"side": size.side, "step": size.step, "count": size.count, "first": size.names[0],
+              "stacks": " ".join(f"raw/{name}.mrc" for name in size.names)}  # fmt: skip
+    for text, *templates in STEPS:
+        for template in templates:
+            for k, name in enumerate(size.names if "{name}" in template else size.names[:1]):
+                # the CTF of each tilt series has its zeros where the other has none
+                yield text, template.format(**common, name=name, defocus=25000 + 10000 * k, seed=seed + k)
+
+
+def main(args: argparse.Namespace, run: Run) -> None:
+    """Make the folder, run all commands in it, and say what came out."""
+    size, folder = (QUICK if args.quick else FULL), args.folder
+    todo = list(commands(size, run.seed))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not (folder / SCRIPT).is_file() or not read_text(folder / SCRIPT).startswith(FIRST_LINES):
+            raise InputError("is not a folder that emc_demo has made", folder, "name one that does not exist")
+        if not run.overwrite:
+            raise InputError("is not empty", folder, "give --overwrite to make all of it again, or name another folder")
+    plan = f"{folder}: {len(todo)} commands on {size.series} tilt series of {size.count} particles"
+    if run.plan(plan, disk=size.series * 3 * size.side**2 * 31 * 4):
+        run.result("\n".join(command for _, command in todo))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():
+        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    write_text(folder / SCRIPT, FIRST_LINES + "".join(f"\n{command}" for _, command in todo) + "\n")
+    run.result(f"$ cd {shlex.quote(str(folder))}")
+    rows, chapters = [("", "true", "true poses", "found")], [text for text, *_ in STEPS]
+    for before, (text, command) in zip(["", *(text for text, _ in todo)], todo, strict=False):
+        if text != before:
+            run.result(f"\n== {chapters.index(text) + 1} of {len(chapters)}: {text}")
+        run.result(f"$ {command}")
+        execute(command, folder, run.threads)
+        if command.startswith("emc_simulate"):
+            write_picks(folder / "raw", Path(command.split()[1]).name, run.seed)
+        elif command.startswith("emc_tomogram --all --bin"):
+            rows += [alignment_row(folder, name) for name in size.names]
+    run.result("\n== What came out")
+    rows += result_rows(folder, size)
+    widths = [max(len(row[k]) for row in rows) for k in range(4)]
+    run.result("\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows))
+    run.result("\n    ".join(["\nPictures:", *map(str, sorted(folder.rglob("*.png")))]))
+
+
+def write_picks(raw: Path, name: str, seed: int) -> None:
+    """What a picking program might find of a simulated tilt series."""
+    truth = read_truth(raw / f"{name}_truth.json")
+    xyz = truth.picks.xyz + np.random.default_rng(seed).normal(0, PICKING_ERROR, truth.picks.xyz.shape)
+    lines = ["x,y,z", *(",".join(f"{value:.1f}" for value in row) for row in xyz)]
+    write_text(raw / f"{name}_picks.csv", "\n".join(lines) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------- found against true
+
+
+def alignment_row(folder: Path, name: str) -> tuple[str, ...]:
+    """How well a tilt series is aligned now."""
+    error = comparison.alignment_error(name, folder / f"raw/{name}_truth.json", folder)
+    return (
+        f"{name}, coarse alignment: reprojection error",
+        "0 Å",
+        "",
+        f"{error.rms:.1f} Å rms, {error.median:.1f} median",
+    )
+
+
+def result_rows(folder: Path, size: Size) -> list[tuple[str, ...]]:
+    """Poses, resolution and hand."""
+    truths = {name: folder / f"raw/{name}_truth.json" for name in size.names}
+    picked, refined = (comparison.pose_errors(source, truths, REACH, folder) for source in ("emc", "spt_00"))
+    runs = folder / "oracle", folder / "spt_00"
+    files = folder / f"raw/{size.names[0]}_map.mrc", folder / "mask.mrc"
+    likes = [comparison.map_agreement(run / "average.mrc", *files) for run in runs]
+    maps = {
+        "resolution of the half maps, FSC = 0.143": [f"{read_json(r / 'fsc.json')['resolution']:.1f} Å" for r in runs],
+        "resolution against the true map, FSC = 0.5": [f"{like.resolution:.1f} Å" for like in likes],
+        "correlation with the true map": [f"{like.correlation:.3f}" for like in likes],
+        "correlation with its mirror image": [f"{like.mirrored:.3f}" for like in likes],
+    }
+    all_of_them, found = len(picked.angle), int((refined.angle < RIGHT).sum())
+    return [
+        (f"positions (picked {picked.distance.median():.1f} Å off): median error", "0 Å", "",
+         f"{refined.distance.median():.1f} Å"),
+        ("orientations (none given): median error", "0°", "", f"{refined.angle.median():.1f}°"),
+        (f"orientations within {RIGHT:g}° of the truth", f"{all_of_them}", "", f"{found} of {all_of_them}"),
+        *((text, "", *cells) for text, cells in maps.items()),
+        ("hand", "right", *("right" if like.right_hand else "wrong" for like in likes)),
+    ]  # fmt: skip
+
+
+program = Program(
+    doc=__doc__,
+    name="emc_demo",
+    arguments=arguments,
+    main=main,
+    standard=("threads", "overwrite", "seed", "dry-run"),
+)
+entry = program.entry
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,300 @@
+"""Tomograms against direct back-projection, closed forms, and objects whose place is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import map_coordinates
+
+from libemc.errors import InputError
+from libemc.methods import reconstruct as rec
+from libemc.methods.reconstruct import CtfCorrection, Grid, Tiling, Weighting
+from libemc.methods.subtilts import TiltGeometry
+from libemc.numerics.ctf import Optics
+from libemc.numerics.peaks import highest_peak
+from libemc.numerics.rotations import tilt_matrices
+from libemc.numerics.slices import Band
+from libemc.records import Alignment, Source, Tilts, TiltSeriesRecord
+
+REPLICAS = 0.04  # the interpolation kernel's replicas at the edge of what a tile keeps; see `Backprojection`
+
+
+def geometry(tilts, axis=30.0, xtilt=0.0, shift=None, magnification=None):
+    count = len(tilts)
+    shift = torch.zeros(count, 2) if shift is None else torch.as_tensor(shift)
+    magnification = torch.ones(count) if magnification is None else torch.as_tensor(magnification)
+    matrices = tilt_matrices(axis, torch.tensor(tilts, dtype=torch.float64), xtilt)
+    return TiltGeometry(matrices, shift.double(), magnification.double(), torch.ones(count, dtype=torch.bool))
+
+
+def volume_of(images, geometry, grid, **options):
+    volume = np.full(grid.shape, np.nan, np.float32)
+    row = 0
+    for y0, slab in rec.reconstruct(images, geometry, grid, **options):
+        assert y0 == row
+        row += slab.shape[1]
+        volume[:, y0:row] = slab
+    assert row == grid.shape[1]
+    return volume
+
+
+def smooth_noise(shape, cut=0.4, seed=0):
+    """Images without detail above `cut` cycles per pixel: what can be interpolated exactly."""
+    rng = np.random.default_rng(seed)
+    spectrum = np.fft.rfft2(rng.standard_normal(shape))
+    k = np.hypot(np.fft.fftfreq(shape[-2])[:, None], np.fft.rfftfreq(shape[-1]))
+    return np.fft.irfft2(spectrum * (k < cut), s=shape[-2:]).astype(np.float32)
+
+
+def direct(images, geometry, grid):
+    """Σ_j image_j at the projection of each voxel, by splines of order 5; and whether all projections are well inside."""
+    axes = [(np.arange(n) - n // 2) * grid.pixel_size + c for n, c in zip(grid.shape, grid.centre[::-1], strict=True)]
+    z, y, x = np.meshgrid(*axes, indexing="ij")
+    points = torch.from_numpy(np.stack([x.ravel(), y.ravel(), z.ravel()], axis=1))
+    positions = geometry.project(points)[0].numpy() / grid.pixel_size
+    total, inside = np.zeros(len(points)), np.ones(len(points), bool)
+    rows, columns = images.shape[1:]
+    for j, image in enumerate(images):
+        px, py = positions[:, j, 0] + columns // 2, positions[:, j, 1] + rows // 2
+        total += map_coordinates(image, [py, px], order=5, mode="constant")
+        inside &= (px > 6) & (px < columns - 7) & (py > 6) & (py < rows - 7)
+    return total.reshape(grid.shape), inside.reshape(grid.shape)
+
+
+TILTS = (-50.0, -30.0, -12.0, 0.0, 17.0, 33.0, 51.0)
+
+
+@pytest.fixture
+def scene():
+    """Images, geometry and grid in which nothing is special: turned axis, x tilt, shifts, magnifications, odd sides."""
+    shift = np.random.default_rng(1).uniform(-30, 30, (len(TILTS), 2))
+    g = geometry(TILTS, axis=31.0, xtilt=4.0, shift=shift, magnification=1 + 0.02 * np.arange(-3, 4))
+    return smooth_noise((len(TILTS), 151, 140)), g, Grid((33, 71, 64), 10.0, (20.0, -35.0, 15.0))
+
+
+@pytest.mark.parametrize("box", [54, 72, 128])
+def test_tiles_are_direct_back_projection(scene, box, monkeypatch):
+    monkeypatch.setattr(rec, "SMALLEST_TILE", box)
+    monkeypatch.setattr(rec, "LARGEST_TILE", box)
+    images, g, grid = scene
+    expected, inside = direct(images, g, grid)
+    assert inside.mean() > 0.5
+    got = volume_of(images, g, grid)
+    spread = expected[inside].std()
+    assert np.sqrt(np.mean((got - expected)[inside] ** 2)) < REPLICAS * spread
+    # at the seams between tiles it's no worse
+    tiling = Tiling.of(grid.shape, len(images))
+    for axis, edges in enumerate(tiling.edges):
+        for edge in edges[1:-1]:
+            seam = np.take(got - expected, range(edge - 2, edge + 2), axis)[
+                np.take(inside, range(edge - 2, edge + 2), axis)
+            ]
+            assert np.sqrt(np.mean(seam**2)) < REPLICAS * spread
+
+
+def test_threads_and_memory_change_nothing(scene):
+    images, g, grid = scene
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        several = volume_of(images, g, grid)
+        torch.set_num_threads(1)
+        one = volume_of(images, g, grid)
+    finally:
+        torch.set_num_threads(threads)
+    assert np.array_equal(one, several)
+    small = volume_of(images, g, grid, memory=2 * rec.BYTES_PER_VOXEL * 60**3)
+    assert not np.array_equal(one, small)  # other tiles
+    assert np.sqrt(np.mean((small - one) ** 2)) < 2 * REPLICAS * one.std()
+
+
+def test_beyond_the_images_there_is_nothing():
+    images = np.ones((1, 40, 40), np.float32)
+    volume = volume_of(images, geometry([0.0], axis=0.0), Grid((16, 120, 120), 1.0))
+    ring = np.hypot(*np.meshgrid(np.arange(120) - 60, np.arange(120) - 60)) > 40
+    assert np.abs(volume[:, ring]).max() < 0.1  # ringing of the images' sharp edges, 10 pixels away
+    assert volume[:, 50:70, 50:70].mean() == pytest.approx(1.0, abs=REPLICAS)
+
+
+@pytest.mark.parametrize(("side", "axis"), [((120, 121), 12.0), ((121, 120), 84.7), ((122, 131), -93.0)])
+def test_an_object_is_where_it_is(side, axis):
+    """Dark Gaussian blobs, binned twice: each is found, dark, at its place (convention 5)."""
+    pixel_size, width = 5.0, 16.0
+    points = np.array([[120.0, -90.0, 60.0], [-130.0, 40.0, -70.0], [35.0, 125.0, 10.0]])
+    tilts = np.linspace(-60, 60, 41)
+    shift = np.random.default_rng(0).uniform(-40, 40, (41, 2))
+    g = geometry(tilts.tolist(), axis=axis, xtilt=3.0, shift=shift)
+    q = g.project(torch.from_numpy(points))[0].numpy()
+    y, x = [(np.arange(n) - n // 2) * pixel_size for n in side]
+    images = -sum(
+        np.exp(-((x - p[:, 0, None, None]) ** 2 + (y[:, None] - p[:, 1, None, None]) ** 2) / (2 * width**2)) for p in q
+    )
+    filtered = np.empty((41, *rec.binned_shape(side, 2)), np.float16)
+    weighting = Weighting(thickness=300.0)
+    assert list(rec.prepare_images(lambda j: images[j], g, 2, 2 * pixel_size, weighting, filtered)) == list(range(41))
+    grid = Grid((32, 50, 50), 2 * pixel_size)
+    volume = volume_of(filtered, g, grid)
+    for point in points:
+        index = np.round(point / grid.pixel_size).astype(int) + np.array(grid.shape[::-1]) // 2
+        low = index - 5
+        cut = volume[low[2] : low[2] + 11, low[1] : low[1] + 11, low[0] : low[0] + 11]
+        peak, height = highest_peak(torch.from_numpy(-cut), ndim=3)
+        found = (peak.numpy() + low - np.array(grid.shape[::-1]) // 2) * grid.pixel_size
+        assert height > 10 * np.median(np.abs(volume))
+        # the missing wedge and the other blobs' streaks move a maximum by a fraction of a voxel
+        assert np.abs(found - point).max() < 0.35 * grid.pixel_size
+
+
+# ------------------------------------------------------------------------------------------------------- the filter
+def test_filter_is_its_formula():
+    g = geometry([-40.0, -5.0, 0.0, 30.0], axis=20.0, xtilt=5.0)
+    doses = torch.tensor([9.0, 3.0, 0.5, 30.0])
+    weighting = Weighting(thickness=200.0, doses=doses, lowpass=30.0)
+    shape, pixel_size = (36, 40), 10.0
+    ky, kx = np.fft.fftfreq(36)[:, None], np.fft.rfftfreq(40)
+    k = np.hypot(kx, ky)
+
+    def damage(dose):  # Grant & Grigorieff 2015, eq. 3
+        nc = 0.245 * np.maximum(k / pixel_size, 1e-6) ** -1.665 + 2.81
+        return np.exp(-dose / (2 * nc))
+
+    matrices = g.matrices.numpy()
+    for j, gain in enumerate(rec.filters(g, shape, pixel_size, weighting)):
+        points = matrices[j].T @ np.stack([kx + 0 * ky, ky + 0 * kx, 0 * k]).reshape(3, -1)
+        total = np.full(k.shape, rec.DAMAGE_NOISE)
+        for i in range(4):
+            distance = np.abs(matrices[i, 2] @ points).reshape(k.shape)
+            total += damage(float(doses[i])) ** 2 * np.maximum(0, 1 - distance * 20.0)
+        cut = 1 / 3
+        edge = 0.5 + 0.5 * np.cos(math.pi * np.clip((k - cut + rec.NYQUIST_EDGE) / rec.NYQUIST_EDGE, 0, 1))
+        expected = damage(float(doses[j])) * edge / total
+        # radial functions come from a table with 1024 entries per cycle, entered at the nearest
+        assert np.allclose(gain.numpy(), expected, atol=0.02 * expected.max())
+    ends = next(iter(rec.filters(g, shape, pixel_size, Weighting(200.0))))
+    assert ends[0, 0] == pytest.approx(1 / 4)  # all slices share the mean
+    assert ends[:, 0].max() <= 1.0 + 1e-6
+
+
+def test_values_that_are_not_finite():
+    image = np.zeros((20, 20), np.float32)
+    image[3, 4] = np.nan
+    out = np.empty((1, 20, 20), np.float32)
+    with pytest.raises(InputError, match="image 1"):
+        list(rec.prepare_images(lambda j: image, geometry([0.0]), 1, 1.0, Weighting(10.0), out))
+
+
+# ------------------------------------------------------------------------------------------------------- the CTF
+def correction(mode, hand=-1):
+    values = [torch.tensor([v]) for v in (31000.0, 29000.0, 25.0, 10.0)]
+    return CtfCorrection(mode, *values, hand, Optics(300.0, 2.7, 0.07))
+
+
+@pytest.mark.parametrize("hand", [-1, 1])
+def test_ctf_at_a_height(hand):
+    """Convention 11 with the defocus of convention 13, written down again."""
+    band, pixel_size, height = Band.of(48), 4.0, 800.0
+    kx, ky = (k.double().numpy() for k in band.frequencies(pixel_size))
+    k, alpha = np.hypot(kx, ky), np.arctan2(ky, kx)
+    z = 30000.0 + hand * height + 1000.0 * np.cos(2 * (alpha - np.deg2rad(25.0)))
+    lam = 0.0196875
+    chi = np.pi * lam * z * k**2 - np.pi / 2 * 2.7e7 * lam**3 * k**4 + np.deg2rad(10.0)
+    c = math.sqrt(1 - 0.07**2) * np.sin(chi) + 0.07 * np.cos(chi)
+    factors = {
+        mode: correction(mode, hand).factors(torch.tensor([height]), band, pixel_size)[0].numpy()
+        for mode in rec.CTF_MODES
+        if mode != "none"
+    }
+    # λ of the constants above to 6 digits times χ of up to 30 radians
+    assert np.allclose(factors["multiply"], c, atol=2e-3)
+    assert np.allclose(factors["wiener"], c / (c**2 + rec.CTF_NOISE), atol=1e-2)
+    sure = np.abs(c) > 2e-3
+    assert np.array_equal(factors["phaseflip"][sure], np.sign(c)[sure])
+
+
+class Lever(CtfCorrection):
+    """A defocus that changes with the height as in a specimen 25 times as thick: small test, large effect."""
+
+    def factors(self, heights, band, pixel_size):
+        return super().factors(25 * heights, band, pixel_size)
+
+
+def test_each_tile_has_its_own_defocus(monkeypatch):
+    """Points blurred by the CTF at their own heights come back sharp with the right hand only."""
+    monkeypatch.setattr(rec, "SMALLEST_TILE", 64)
+    monkeypatch.setattr(rec, "LARGEST_TILE", 64)
+    pixel_size, n, tilts = 10.0, 128, np.linspace(-40, 40, 17).tolist()
+    g = geometry(tilts, axis=10.0)
+    columns = [torch.full((17,), v) for v in (20000.0, 20000.0, 0.0, 0.0)]
+    truth = Lever("multiply", *columns, 1, Optics(300.0, 2.7, 0.07))
+    points = torch.tensor([[150.0, 100.0, 350.0], [-100.0, -120.0, -350.0]], dtype=torch.float64)
+    positions, heights = g.project(points)
+    kx, ky = torch.arange(n // 2 + 1) / n, torch.fft.fftfreq(n)[:, None]
+    spectra = 0
+    for at, height in zip(positions / pixel_size, heights, strict=True):
+        c = Band.of(n).put(truth.factors(height, Band.of(n), pixel_size).to(torch.complex64))
+        turns = at[:, 0, None, None] * kx + at[:, 1, None, None] * ky
+        spectra = spectra - c * torch.polar(torch.ones_like(turns), -2 * math.pi * turns)
+    images = torch.fft.fftshift(torch.fft.irfft2(spectra, s=(n, n)), dim=(1, 2)).float().numpy()
+    index = (points / pixel_size).round().long() + torch.tensor([40, 40, 50])
+    depth = {}
+    for hand in (-1, 1):
+        fixed = Lever("phaseflip", *columns, hand, truth.optics)
+        volume = volume_of(images, g, Grid((100, 80, 80), pixel_size), correction=fixed)
+        depth[hand] = min(-float(volume[z, y, x]) for x, y, z in index)
+    # ±8750 Å of defocus are up to 1.4 radians within the band: the wrong sign loses about half of the peak
+    assert depth[1] > 1.4 * depth[-1]
+
+
+# ------------------------------------------------------------------------------------------------------- grid and tiles
+@pytest.mark.parametrize("shape", [(300, 1024, 1024), (40, 61, 200), (9, 8, 8), (120, 33, 500)])
+@pytest.mark.parametrize("memory", [math.inf, 2e7])
+def test_tiles_fill_the_volume(shape, memory):
+    tiling = Tiling.of(shape, 41, memory)
+    assert all(k <= 2 * rec.PAYLOAD * tiling.box + 1 for k in tiling.keep)
+    assert memory == math.inf or rec.BYTES_PER_VOXEL * tiling.box**3 <= memory
+    for axis, n in enumerate(shape):
+        total = torch.zeros(n)
+        for i in range(len(tiling.edges[axis]) - 1):
+            low, high = tiling.span(axis, i)
+            assert high - low <= tiling.keep[axis]
+            total[low:high] += tiling.window(axis, i)
+        assert torch.allclose(total, torch.ones(n), atol=1e-6)  # float32
+
+
+def record(axis, thickness=None):
+    zeros = (0.0,) * 3
+    source = Source(stack="s.mrc", shape=(3, 500, 401), pixel_size=2.0, voltage=300.0, cs=2.7, amplitude_contrast=0.07)
+    alignment = Alignment(
+        axis=(axis,) * 3, tilt=(-5.0, 0.0, 5.0), xtilt=zeros, shift_x=zeros, shift_y=zeros, thickness=thickness
+    )
+    tilts = Tilts(nominal=(-5.0, 0.0, 5.0), use=(True,) * 3)
+    return TiltSeriesRecord(name="s", source=source, tilts=tilts, alignment=alignment)
+
+
+@pytest.mark.parametrize(("axis", "sides"), [(0.0, (125, 100)), (-3.0, (125, 100)), (178.0, (125, 100)),
+                                             (85.0, (100, 125)), (-93.0, (100, 125)), (268.0, (100, 125))])  # fmt: skip
+def test_field_turns_with_the_axis(axis, sides):
+    assert Grid.of(record(axis), 4).shape[1:] == sides
+
+
+def test_grid():
+    assert Grid.of(record(0.0, thickness=160.0), 4).shape[0] == 30  # 240 Å of 8 Å
+    assert Grid.of(record(0.0), 4).shape[0] == 52  # half of the shorter side: 401 Å
+    assert Grid.of(record(0.0), 4, thickness=100.0).shape[0] == 14
+    part = Grid.of(record(0.0), 4, region=(-80.0, 80.0, 0.0, 104.0, -160.0, -80.0))
+    assert part.shape == (10, 13, 20)
+    assert part.centre == (0.0, 48.0, -120.0)  # voxel n//2 of each axis
+    with pytest.raises(InputError, match="too small"):
+        Grid.of(record(0.0), 64)
+
+
+def test_region_is_a_part_of_the_whole(scene):
+    images, g, _ = scene
+    whole = volume_of(images, g, Grid((32, 60, 60), 10.0))
+    # voxels -10 to 9 along z, -5 to 19 along y, 0 to 19 along x
+    part = volume_of(images, g, Grid((20, 25, 20), 10.0, (100.0, 70.0, 0.0)))
+    error = part - whole[6:26, 25:50, 30:50]
+    assert np.sqrt(np.mean(error**2)) < 2 * REPLICAS * whole.std()

@@ -1,0 +1,175 @@
+"""emc_average on a hand-drawn particle set with known poses: the map, its halves, its FSC, and what is written of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import mrcfile
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import emc_average
+import emc_extract
+from by_hand import PIXEL, HandSeries, blobs_map, mrc_bytes, shell_correlation
+
+FILES = {"average.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "fsc.json", "fsc.png", "average.png", "run.json"}
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with an extracted set of 16 particles in 11 tilts."""
+    folder = tmp_path_factory.mktemp("extracted")
+    HandSeries(noise=0.3, particles=16).write(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        argv = ["TS_hand", "--label", "ribo", "--set", "ribo", "--box", "32", "--quiet"]
+        assert emc_extract.program.main(argv) == 0
+    return folder
+
+
+@pytest.fixture
+def here(extracted: Path, project: Path) -> Path:
+    shutil.copytree(extracted, project, dirs_exist_ok=True)
+    return project
+
+
+def ran(*argv: object) -> int:
+    return emc_average.program.main([str(word) for word in argv])
+
+
+def change_particles(change: object) -> None:
+    path = Path("particles/ribo/TS_hand.json")
+    content = json.loads(path.read_text())
+    for i, particle in enumerate(content["particles"]):
+        change(i, particle)  # type: ignore[operator]
+    path.write_text(json.dumps(content))
+
+
+def test_the_map(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both halves and the whole against the drawn particle; the whole is nearer to it; all files, all at 2 Å."""
+    assert ran("ribo") == 0
+    line = capsys.readouterr().out
+    assert {p.name for p in Path("avg_00").iterdir() if not p.name.startswith(".")} == FILES
+    true = blobs_map(32)
+    curves = {n: shell_correlation(mrcfile.read(f"avg_00/{n}.mrc"), true) for n in ("half1", "half2", "average")}
+    assert all(curve[1:5].min() > 0.95 for curve in curves.values())
+    assert curves["average"][4:8].mean() > max(curves[n][4:8].mean() for n in ("half1", "half2"))
+    for name in ("average", "half1", "half2", "mask"):
+        with mrcfile.open(f"avg_00/{name}.mrc") as file:
+            assert file.is_volume() and file.voxel_size.x == PIXEL and file.data.shape == (32, 32, 32)
+    # the filtered map is on the scale of the signal: noise where nothing is stays small against the particle
+    average = mrcfile.read("avg_00/average.mrc")
+    assert average[16, 16, 16] > 5 * average[:4].std()
+    content, run = (json.loads(Path(f"avg_00/{n}.json").read_text()) for n in ("fsc", "run"))
+    half = shell_correlation(mrcfile.read("avg_00/half1.mrc"), mrcfile.read("avg_00/half2.mrc"))
+    np.testing.assert_allclose(content["curves"]["unmasked"], half, atol=1e-4)
+    mask = mrcfile.read("avg_00/mask.mrc").astype(float)
+    masked = shell_correlation(mrcfile.read("avg_00/half1.mrc") * mask, mrcfile.read("avg_00/half2.mrc") * mask)
+    np.testing.assert_allclose(content["curves"]["masked"], masked, atol=1e-4)
+    assert content["frequency"][4] == pytest.approx(4 / (32 * PIXEL))
+    assert run["state"] == {"particles": 16, "images": run["state"]["images"], "resolution": content["resolution"]}
+    assert sum(run["state"]["images"]) == 16 * 11
+    assert line == f"avg_00: 16 particles, 176 images, {content['resolution']:.2f} Å at FSC 0.143\n"
+
+
+def test_record_of_the_run(here: Path) -> None:
+    """run.json: options, inputs with size and digest, seed, complete; history with outputs that are all there."""
+    assert ran("ribo", "--seed", 7, "--path", "mine") == 0
+    run = json.loads(Path("mine/run.json").read_text())
+    assert run["kind"] == "run" and run["program"] == "emc_average" and run["seed"] == 7 and run["stopped_at"] is None
+    assert run["options"] == {"set_or_run": "ribo", "symmetry": "c1", "class": None, "mask": None}
+    (source,) = run["inputs"]
+    assert source["path"] == "particles/ribo/particles.json" and source["size"] == Path(source["path"]).stat().st_size
+    (entry,) = run["history"]
+    assert entry["state"] == "done" and entry["seed"] == 7 and entry["argv"][0] == "emc_average"
+    assert set(entry["outputs"]) == {f"mine/{name}" for name in FILES}
+    assert "particles/ribo/particles.json" in entry["inputs"]
+
+
+def test_same_seed_same_bytes(here: Path) -> None:
+    """Numbered folders; everything but the history and the seed of the phases is the same in each."""
+    for seed in (3, 3, 4):
+        assert ran("ribo", "--seed", seed, "--quiet") == 0
+    for name in FILES - {"run.json"}:
+        assert Path(f"avg_00/{name}").read_bytes() == Path(f"avg_01/{name}").read_bytes(), name
+    runs = [json.loads(Path(f"avg_0{i}/run.json").read_text()) for i in range(3)]
+    assert {k: v for k, v in runs[0].items() if k != "history"} == {k: v for k, v in runs[1].items() if k != "history"}
+    tables = [json.loads(Path(f"avg_0{i}/fsc.json").read_text())["curves"] for i in range(3)]
+    assert tables[0]["masked"] == tables[2]["masked"] and tables[0]["randomised"] != tables[2]["randomised"]
+
+
+def test_class_and_unused_particles(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Poses of all particles outside class 1 are wrong by 90°: only the class gives the map."""
+
+    def change(i: int, particle: dict) -> None:
+        particle["class"] = int(i < 10)
+        if i >= 10:
+            particle["rot"] += 90.0
+        if i == 9:
+            particle["use"], particle["tilt"] = False, particle["tilt"] + 120
+
+    change_particles(change)
+    assert ran("ribo", "--class", 1) == 0 and ran("ribo") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "9 particles" in lines[0] and "15 particles" in lines[1]
+    one, mixed = (shell_correlation(mrcfile.read(f"avg_0{i}/average.mrc"), blobs_map(32))[2:5].mean() for i in (0, 1))
+    assert one > 0.9 and one > mixed + 0.05
+
+
+def test_symmetry(here: Path) -> None:
+    """With c2 the map is invariant under x, y -> -x, -y (about n//2), and is the drawn one with its copy."""
+    assert ran("ribo", "--symmetry", "c2", "--quiet") == 0
+    found = mrcfile.read("avg_00/half1.mrc")[1:, 1:, 1:]  # the origin is the middle of these 31 voxels
+    turned = found[:, ::-1, ::-1]
+    assert np.linalg.norm(found - turned) < 0.02 * np.linalg.norm(found)  # interpolation of the insertion
+    true = blobs_map(32)[1:, 1:, 1:]
+    assert shell_correlation(found, true + true[:, ::-1, ::-1])[1:4].min() > 0.9
+    assert json.loads(Path("avg_00/run.json").read_text())["options"]["symmetry"] == "c2"
+
+
+def test_a_mask_of_ones_changes_nothing(here: Path) -> None:
+    Path("ones.mrc").write_bytes(mrc_bytes(np.ones((32, 32, 32)), PIXEL, stack=False))
+    assert ran("ribo", "--mask", "ones.mrc", "--quiet") == 0
+    content = json.loads(Path("avg_00/fsc.json").read_text())["curves"]
+    np.testing.assert_allclose(content["masked"], content["unmasked"], atol=1e-6)  # float32
+    assert (mrcfile.read("avg_00/mask.mrc") == 1).all()
+    assert [i["path"] for i in json.loads(Path("avg_00/run.json").read_text())["inputs"]][1:] == ["ones.mrc"]
+
+
+def test_dry_run_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(here.rglob("*"))
+    assert ran("ribo", "--dry-run") == 0
+    assert capsys.readouterr().out.startswith("average 16 particles in a box of 32 (about ")
+    assert sorted(here.rglob("*")) == before
+
+
+def test_stopped_and_run_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after the first map: exit 130, the record says so, and the same command does all of it."""
+    write = emc_average.project.mrc.write_volume
+
+    def stops(path: Path, *rest: object) -> None:
+        if Path(path).name == "half2.mrc":
+            raise KeyboardInterrupt
+        write(path, *rest)
+
+    monkeypatch.setattr(emc_average.project.mrc, "write_volume", stops)
+    assert ran("ribo", "--path", "avg", "--quiet") == 130
+    run = json.loads(Path("avg/run.json").read_text())
+    assert run["stopped_at"] == "average" and run["history"][-1]["state"] == "interrupted"
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert ran("ribo", "--path", "avg", "--quiet") == 0
+    run = json.loads(Path("avg/run.json").read_text())
+    assert run["stopped_at"] is None and [e["state"] for e in run["history"]] == ["interrupted", "done"]
+
+
+def test_the_files_of_others_stay(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("avg").mkdir()
+    Path("avg/half1.mrc").write_text("mine")
+    assert ran("ribo", "--path", "avg") == 2
+    assert "avg/half1.mrc: exists, and emc_average did not write it; give --overwrite" in capsys.readouterr().err
+    assert [p.name for p in Path("avg").iterdir()] == ["half1.mrc"] and Path("avg/half1.mrc").read_text() == "mine"
