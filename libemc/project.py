@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from libemc import records
@@ -137,6 +137,10 @@ class Images:
                 raise InputError(f"image {which} (from 0) has {what}", self.stack.path, self.remedy)
         return found
 
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """All of them."""
+        return self[np.arange(len(self.stack.array))].astype(dtype or np.float32)
+
 
 def read_map(path: str | Path, box: int, pixel_size: float) -> Tensor:
     """A cubic map brought to a box and sampling: (n, n, n) float32, the origin n//2 kept on the origin."""
@@ -252,11 +256,11 @@ def resume_refinement(
     return past, open_particles(folder)[1] if past else series
 
 
-def read_references(folder: Path, mask: Tensor) -> tuple[Tensor, Tensor]:
+def read_references(folder: Path, mask: Tensor, shared: float) -> tuple[Tensor, Tensor]:
     """The references that a run's half maps make."""
     half1, half2 = (torch.from_numpy(mrc.read_volume(folder / f"half{h}.mrc")[0]) for h in (1, 2))
     fsc = torch.tensor(read_json(folder / "fsc.json")["curves"]["corrected"], dtype=torch.float64)
-    return filtered_references(half1, half2, mask, fsc)
+    return filtered_references(half1, half2, mask, fsc, shared)
 
 
 def save_run_particles(

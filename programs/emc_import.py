@@ -38,7 +38,9 @@ KINDS = {
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The program's own options."""
-    parser.add_argument("names", nargs="*", metavar="STACK|NAME", help="raw stacks; with --alignment or --picks, tilt series")
+    parser.add_argument(
+        "names", nargs="*", metavar="STACK|NAME", help="raw stacks; with --alignment or --picks, tilt series"
+    )
     raw = parser.add_argument_group("raw stacks")
     raw.add_argument("--rawtlt", type=Path, metavar="F", help="file of tilt angles, one for each image")
     raw.add_argument("--mdoc", type=Path, metavar="F", help="SerialEM's .mdoc of the stack")
@@ -59,7 +61,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         place.add_argument(f"--{way}", dest="place", action="store_const", const=way, default="",
                            help=f"{way} the stack into tiltseries/")  # fmt: skip
     other = parser.add_argument_group("from other packages")
-    other.add_argument("--alignment", nargs="+", type=Path, metavar="F", help="alignment files, and a CTF file if need be")
+    other.add_argument(
+        "--alignment", nargs="+", type=Path, metavar="F", help="alignment files, and a CTF file if need be"
+    )
     other.add_argument("--picks", type=Path, metavar="F", help="file of coordinates")
     options.label(other)
     options.class_number(other)
@@ -67,7 +71,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.particles(other)
     options.set_name(other)
     options.symmetry(other)
-    other.add_argument("--tomograms", type=Path, metavar="F", help="tomograms.star of the particles, where it isn't found")
+    other.add_argument(
+        "--tomograms", type=Path, metavar="F", help="tomograms.star of the particles, where it isn't found"
+    )
     other.add_argument("--hand", choices=("auto", "kept", "mirrored"), default="auto",
                        help="of the particles' geometry; auto mirrors what Warp wrote")  # fmt: skip
 
@@ -94,7 +100,9 @@ def stacks(args: argparse.Namespace, run: Run) -> None:
     if len(args.names) > 1 and (args.rawtlt or args.mdoc):
         raise InputError("one file of angles for several stacks", remedy="put one beside each stack, with its stem")
     told = series.Told(**{name: getattr(args, name) for name in KINDS["stacks"]})
-    found = [series.raw_series(free_name(run.input(path), run), told, run.project) for path in dict.fromkeys(args.names)]
+    found = [
+        series.raw_series(free_name(run.input(path), run), told, run.project) for path in dict.fromkeys(args.names)
+    ]
     names = Counter(each.record.name for each in found)
     if max(names.values()) > 1:
         raise InputError(f"two stacks are called {names.most_common(1)[0][0]}", remedy="rename one")
@@ -106,7 +114,9 @@ def stacks(args: argparse.Namespace, run: Run) -> None:
         for path in each.writes:
             run.output(path)
     size = sum(each.images.array.nbytes for each in found)
-    if run.plan(f"look at {len(found)} stacks of {options.bytes_text(size)}", disk=size if args.place == "copy" else None):
+    if run.plan(
+        f"look at {len(found)} stacks of {options.bytes_text(size)}", disk=size if args.place == "copy" else None
+    ):
         return
     finished = [each.looked_at(run.progress) for each in found]
     for each, record in zip(found, finished, strict=True):

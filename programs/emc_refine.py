@@ -86,10 +86,11 @@ def main(args: argparse.Namespace, run: Run) -> None:
     if run.resume:
         past, series = project.resume_refinement(folder, options_used, series)
         run.log.info(f"{folder} has {len(past)} iterations; going on")
+    shared = box * pixel_size / max(args.startres, refine.JOINED)
     start = refine.Step(args.startres, exhaustive=not args.local)
     halves = (lowpass(reference, pixel_size, args.startres) * mask,) * 2
     if past:
-        halves = project.read_references(folder, mask)
+        halves = project.read_references(folder, mask, shared)
     else:
         save([], "iteration 1")
     step = refine.next_step(past, start, box, pixel_size, args.iterations)
@@ -100,7 +101,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
         done = average.finish(maps, mask, pixel_size, run.seed)
         turned, moved = refine.pose_change(before, series, symmetry)
         past.append(refine.Done(step, done.resolution, done.reach, turned, moved))
-        halves = refine.filtered_references(maps.half1, maps.half2, mask, done.corrected)
+        halves = refine.filtered_references(maps.half1, maps.half2, mask, done.corrected, shared)
         project.write_average(outputs, maps, done, mask, pixel_size)
         series = project.save_run_particles(folder, head, series, str(args.set_or_run))
         step = refine.next_step(past, start, box, pixel_size, args.iterations)

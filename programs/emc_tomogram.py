@@ -51,7 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--ctf", choices=reconstruct.CTF_MODES, default="none", help="correction, at each tile's height"
     )
     parser.add_argument("--no-dose", action="store_true", help="no dose weighting, though the doses are known")
-    parser.add_argument("--lowpass", type=options.positive, metavar="A", help="leave out what is finer, in Å")
+    options.lowpass(parser)
     parser.add_argument("--half", action="store_true", help="also tomograms of every other tilt: _even and _odd")
 
 

@@ -273,7 +273,10 @@ step = _option("--step", type=positive, metavar="DEG", help="angle between neigh
 classes = _option("--classes", type=count, default=1, metavar="N", help="number of classes")
 class_number = _option("--class", dest="class_number", type=integer, metavar="K", help="class to take")
 iterations = _option(
-    "--iterations", type=count_or_auto, metavar="N", help="number of iterations, or auto, until nothing changes (default: auto)"
+    "--iterations",
+    type=count_or_auto,
+    metavar="N",
+    help="number of iterations, or auto, until nothing changes (default: auto)",
 )
 diameter = _option("--diameter", type=positive, metavar="A", help="diameter of the particle in Å")
 distance = _option("--distance", type=positive, metavar="A", help="least distance between two particles in Å")

@@ -41,6 +41,8 @@ MAX_SHIFT = 0.08
 ROTATIONS_AT_ONCE = 4096
 LEAST_ENVELOPE = 0.2
 """The kernel's envelope is not divided out where it is below this: the box's corners, where no particle is."""
+JOINED = 40.0
+"""Å: the halves share their references to the starting resolution, but never beyond this."""
 MOST_ITERATIONS = 12
 UNSETTLED = 3.0
 """Degrees: a search that turns half of the particles by more than this is followed by another."""
@@ -282,7 +284,9 @@ def polish(
 def diameter(density: Tensor) -> float:
     """Pixels: of the sphere about the centre that holds `EXTENT_ENERGY` of a map's squared density (n, n, n)."""
     radius = centred_radius(density.shape).round().long().reshape(-1)
-    power = torch.zeros(int(radius.max()) + 1, dtype=torch.float64).index_add_(0, radius, density.double().reshape(-1) ** 2)
+    power = torch.zeros(int(radius.max()) + 1, dtype=torch.float64).index_add_(
+        0, radius, density.double().reshape(-1) ** 2
+    )
     inside = power.cumsum(0)
     return 2.0 * max(1, int((inside < EXTENT_ENERGY * inside[-1]).sum()))
 
@@ -375,10 +379,20 @@ def filter_shells(density: Tensor, weights: Tensor) -> Tensor:
     return torch.fft.irfftn(spectrum * gain.to(spectrum.real.dtype), s=density.shape)
 
 
-def filtered_references(half1: Tensor, half2: Tensor, mask: Tensor, fsc: Tensor) -> tuple[Tensor, Tensor]:
-    """Both half maps as references: masked, and filtered by the FSC between them (n//2+1,)."""
+def filtered_references(
+    half1: Tensor, half2: Tensor, mask: Tensor, fsc: Tensor, shared: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Both half maps as references: masked, and filtered by the FSC between them (n//2+1,).
+
+    Args:
+        shared: shells below this (Fourier pixels) are taken from the mean of both halves. They began from one reference
+            there, so the FSC is no evidence in them anyway, and twice the particles make a better reference; it also
+            keeps the halves in one frame (Scheres & Chen 2012).
+    """
     weights = reference_filter(fsc)
-    return filter_shells(half1 * mask, weights), filter_shells(half2 * mask, weights)
+    low = (torch.arange(len(fsc)) < shared).double()
+    mean = filter_shells((half1 + half2) / 2, weights * low)
+    return tuple((filter_shells(half, weights * (1 - low)) + mean) * mask for half in (half1, half2))  # type: ignore[return-value]
 
 
 def iterate(

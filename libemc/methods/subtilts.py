@@ -35,7 +35,11 @@ class Progress(Protocol):
 
 
 def _column(values: Sequence[float] | None, count: int, default: float) -> Tensor:
-    return torch.full((count,), default, dtype=torch.float64) if values is None else torch.tensor(values, dtype=torch.float64)
+    return (
+        torch.full((count,), default, dtype=torch.float64)
+        if values is None
+        else torch.tensor(values, dtype=torch.float64)
+    )
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,4 @@
-"""Tensors in, tensors out: geometry, Fourier space, CTF, slices, statistics. No files, no options, no prints; the device follows the input."""
+"""Tensors in, tensors out: geometry, Fourier space, CTF, slices, statistics; the device follows the input.
+
+No files, no options, no prints.
+"""

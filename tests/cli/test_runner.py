@@ -111,7 +111,7 @@ def test_what_a_user_can_mend_is_one_line(
     assert records.load(record).history[-1].state == state
 
 
-@pytest.mark.parametrize("error", [ValueError("seven"), SystemExit(3), OSError(errno.EIO, "Input/output error")])
+@pytest.mark.parametrize("error", [ValueError("seven"), SystemExit(3), OSError(errno.EBADF, "Bad file descriptor")])
 def test_a_bug_is_a_traceback_and_a_log_file(
     record: Path, capsys: pytest.CaptureFixture[str], error: BaseException
 ) -> None:

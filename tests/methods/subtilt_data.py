@@ -78,7 +78,9 @@ def particle_set(
     empty = subtilts.Particles.of(file, np.zeros((count * tilts, box, box), np.float32))
     band, volume = Band.of(box), FourierVolume.from_map(density)
     batch = subtilts.load_batch(empty, torch.arange(count), band)
-    t = tilt_matrices(*(torch.tensor(v).double() for v in (file.tilts.axis, file.tilts.tilt, file.tilts.xtilt)))[batch.tilt]
+    t = tilt_matrices(*(torch.tensor(v).double() for v in (file.tilts.axis, file.tilts.tilt, file.tilts.xtilt)))[
+        batch.tilt
+    ]
     matrices = t @ empty.rotation[batch.owner]
     spectra = slices.extract_slices(volume, matrices, band, batch.magnification)
     images = slices.images_from_band(spectra * batch.transfer * slices.shift_phases(batch.shift, band), band)

@@ -23,7 +23,9 @@ def gaussian_image(shape: tuple[int, int], x: float, y: float, sigma: float = 2.
 def test_patches_are_centred(shape: tuple[int, int], box: int, binning: int) -> None:
     """The spot's centre of mass lies on pixel n//2 to 0.02 px, and white, for fractions and even and odd sizes."""
     x, y = 13.37, -8.62
-    cut = extract.extract_tilt(torch.from_numpy(gaussian_image(shape, x, y)), torch.tensor([[x, y]]).double(), box, binning)
+    cut = extract.extract_tilt(
+        torch.from_numpy(gaussian_image(shape, x, y)), torch.tensor([[x, y]]).double(), box, binning
+    )
     patch = cut[0].clamp_min(0).double()
     assert patch.max() > 10
     line = torch.arange(box).double() - box // 2
@@ -39,9 +41,7 @@ def test_bright_contrast_is_kept() -> None:
 def test_positions_and_defocus_follow_the_conventions() -> None:
     """Conventions 5, 6 and 13 written out by hand for one point: axis 90° brings the specimen's x to the image's y."""
     tilt, angle = 30.0, np.deg2rad(30.0)
-    alignment = Alignment(
-        axis=[90.0], tilt=[tilt], xtilt=[0.0], shift_x=[12.0], shift_y=[-6.0], magnification=[1.01]
-    )
+    alignment = Alignment(axis=[90.0], tilt=[tilt], xtilt=[0.0], shift_x=[12.0], shift_y=[-6.0], magnification=[1.01])
     ctf = Ctf(defocus_u=[21000.0], defocus_v=[19000.0], angle=[0.0], phase_shift=[0.0], defocus_handedness=-1)
     r = (100.0, 40.0, -60.0)
     q = np.array([r[0] * np.cos(angle) + r[2] * np.sin(angle), r[1], -r[0] * np.sin(angle) + r[2] * np.cos(angle)])

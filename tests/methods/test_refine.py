@@ -95,7 +95,9 @@ def test_polish_finds_the_pose(density: torch.Tensor) -> None:
 def test_random_poses_are_recovered(density: torch.Tensor) -> None:
     """All orientations random, reference at 50 Å: nine of ten within 5° after one iteration."""
     truth = particle_set(density, 20, PIXEL, noise=2.0)
-    start = truth.moved(random_rotations(20, torch.Generator().manual_seed(9)), torch.zeros_like(truth.xyz), truth.score)
+    start = truth.moved(
+        random_rotations(20, torch.Generator().manual_seed(9)), torch.zeros_like(truth.xyz), truth.score
+    )
     mask = soft_sphere(BOX, 14.0, 2.0)
     reference = lowpass(density, PIXEL, 50.0) * mask
     search = refine.Search(resolution=50.0, max_shift=18.0)

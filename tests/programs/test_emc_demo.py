@@ -58,16 +58,17 @@ def first_number(cell: str) -> float:
 
 
 def test_what_comes_out_is_near_the_truth(quick: tuple[Path, str]) -> None:
-    """12 particles of 21 tilts at 6 Å: 28 Å with true poses. Tolerances are what other seeds give, and half as much again."""
+    """12 particles of 21 tilts at 6 Å. Limits are twice the spread of five seeds: resolution with true poses 25 to 29 Å,
+    found 0.93 to 1.08 of it; positions 1.5 to 3.5 Å, orientations 0.9 to 1.4°; coarse alignment 3 to 7 Å."""
     _, text = quick
     best, found = (first_number(cell) for cell in row(text, "resolution against the true map"))
-    assert 20 < best < 40 and found < 1.25 * best
+    assert 20 < best < 40 and found < 1.2 * best
     assert row(text, "hand") == ["right", "right", "right"]
     assert first_number(row(text, "positions")[-1]) < 6.0 < first_number(text.partition("(picked ")[2])
-    assert first_number(row(text, "orientations (none given)")[-1]) < 4.0
+    assert first_number(row(text, "orientations (none given)")[-1]) < 2.5
     right, _, of_all = row(text, "orientations within")[-1].split()
     assert int(of_all) >= 10 and int(right) >= int(of_all) - 1
-    assert first_number(row(text, "demo_01, coarse alignment")[-1]) < 15.0  # two and a half pixels
+    assert first_number(row(text, "demo_01, coarse alignment")[-1]) < 13.0
 
 
 def test_every_program_takes_part_and_the_commands_are_kept(quick: tuple[Path, str]) -> None:

@@ -1,0 +1,22 @@
+#!/bin/sh
+# From raw tilt series to a subtomogram average, with alignments of AreTomo and picks of another program.
+# To be run in the project's folder; TS_01.mrc, its .mdoc and its .rawtlt are in raw/.
+set -eu
+
+emc_import raw/TS_01.mrc raw/TS_02.mrc --dose 3.1
+for name in TS_01 TS_02; do
+    emc_import --alignment aretomo/$name.aln aretomo/${name}_ctf.txt $name
+done
+emc_import --picks picks.star --label ribo TS_01 TS_02
+emc_tomogram --all --load --bin 8 --ctf wiener --lowpass 60        # to look at
+
+emc_extract --all --label ribo --set ribo --box 96 --bin 2
+emc_volume emd_3228.mrc reference.mrc --pixel-size 5.4 --box 96 --lowpass 60
+emc_refine ribo --reference reference.mrc --startres 60 --path spt_00
+
+emc_mask spt_00/average.mrc --output mask.mrc
+emc_refine spt_00 --reference spt_00/average.mrc --local --startres 30 --mask mask.mrc --path spt_01
+emc_fsc spt_01/half1.mrc spt_01/half2.mrc --mask mask.mrc --output fsc
+
+emc_export spt_01 --format relion31
+emc_info spt_01/average.mrc --replay > again.sh                    # all of the above that went into the map
