@@ -61,9 +61,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         place.add_argument(f"--{way}", dest="place", action="store_const", const=way, default="",
                            help=f"{way} the stack into tiltseries/")  # fmt: skip
     other = parser.add_argument_group("from other packages")
-    other.add_argument(
-        "--alignment", nargs="+", type=Path, metavar="F", help="alignment files, and a CTF file if need be"
-    )
+    other.add_argument("--alignment", nargs="+", type=Path, metavar="F", help="alignment files, a CTF file if need be")
     other.add_argument("--picks", type=Path, metavar="F", help="file of coordinates")
     options.label(other)
     options.class_number(other)
@@ -71,9 +69,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.particles(other)
     options.set_name(other)
     options.symmetry(other)
-    other.add_argument(
-        "--tomograms", type=Path, metavar="F", help="tomograms.star of the particles, where it isn't found"
-    )
+    other.add_argument("--tomograms", type=Path, metavar="F", help="tomograms.star of the particles, if not found")
     other.add_argument("--hand", choices=("auto", "kept", "mirrored"), default="auto",
                        help="of the particles' geometry; auto mirrors what Warp wrote")  # fmt: skip
 

@@ -53,8 +53,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
         raise InputError("--resume of what?", remedy="give the folder of the run with --path")
     inputs = [run.particles(args.set_or_run), *map(run.input, filter(None, [args.reference, args.mask]))]
     head, series = project.open_particles(args.set_or_run)
-    box, pixel_size = head.box, head.pixel_size
-    symmetry = args.symmetry or head.symmetry
+    box, pixel_size, symmetry = head.box, head.pixel_size, args.symmetry or head.symmetry
     symmetry_matrices(symmetry)
     if args.startres < 2 * pixel_size:
         raise InputError(f"--startres {args.startres:g} is beyond Nyquist", remedy=f"give {2 * pixel_size:g} or more")

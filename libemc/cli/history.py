@@ -176,6 +176,7 @@ def project_history(project: Path) -> list[HistoryEntry]:
     for file in project_records(project):
         try:
             found = [HistoryEntry.model_validate(entry) for entry in json.loads(file.read_text()).get("history", ())]
+            found.sort(key=_start)  # a time that is none is a ValueError here
         except (OSError, ValueError, AttributeError):
             continue
         for entry in found:

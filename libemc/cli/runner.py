@@ -49,6 +49,7 @@ _REMEDIES = {
     errno.EFBIG: "this disk, or a limit (ulimit -f), allows no file so large",
     errno.ENAMETOOLONG: "choose shorter names",
     errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.EIO: "check the disk, or the network that it is on",
 }
 """What a user can do about the errors of the operating system that are the user's to mend."""
 

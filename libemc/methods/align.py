@@ -183,7 +183,7 @@ class _Search:
             what = f"{len(usable)} images can be used for alignment, at least {LEAST_IMAGES} are needed"
             raise InputError(what, None, "the others are excluded or blank")
         geometry = TiltGeometry.of(base, images.usable.tolist())
-        tilt = torch.tensor(base.tilt).double()
+        tilt = torch.tensor(base.tilt, dtype=torch.float64)
         return _Search(
             images,
             tilt,
@@ -293,7 +293,7 @@ def align(images: Images, base: Alignment, first_pass: bool, sweeps: int = SWEEP
         search.shift += search.matrices[:, :2, 2] * middle
         thickness = height * images.pixel_size
     residual = (search.residuals() * images.pixel_size).tolist()
-    magnification = torch.ones(1).double() if base.magnification is None else torch.tensor(base.magnification).double()
+    magnification = torch.tensor(base.magnification or (1.0,), dtype=torch.float64)
     shift = search.shift * images.pixel_size / magnification[:, None]
     found = {
         "shift_x": tuple(shift[:, 0].tolist()),

@@ -94,7 +94,7 @@ def image_table(particles: Particles) -> ImageTable:
         defocus_v=mean - astigmatism.abs(),
         defocus_angle=angle + torch.where(turned, 90.0, 0.0),
         phase_shift=phase,
-        dose_before=torch.tensor(file.tilts.dose_before).double()[tilt],
+        dose_before=torch.tensor(file.tilts.dose_before, dtype=torch.float64)[tilt],
         bfactor=dose_bfactor(series.dose_end, series.optics.voltage, file.pixel_size)[tilt],
         half=particles.half[index],
         known=bool(known.all()),

@@ -20,6 +20,8 @@ from libemc.records import Ctf, Optics, Particle, ParticleFile, TiltSeriesRecord
 SEEN = 0.5
 """Radius, as a fraction of half the box, of the disc that must lie inside an image for the tilt to count as seeing a
 particle: a patch that reaches over the edge is filled with the image's mean."""
+NOISE_SAMPLE = 64
+"""Particles by which the noise of a tilt is measured."""
 BACKGROUND = 0.9
 """Radius, as a fraction of half the box, beyond which a patch counts as background."""
 
@@ -162,8 +164,9 @@ def extract(
 ) -> Iterator[np.ndarray]:
     """The patches of a tilt series in the order of the stack (particle·T + tilt), in blocks of particles.
 
-    Every tilt is scaled to unit noise: its patches, outside the particle, have unit variance all together. The raw images
-    are read once for each block; a block is as large as `memory` allows.
+    Every tilt is scaled to unit noise: the patches of the first `NOISE_SAMPLE` particles that it sees have unit variance
+    outside the particle, all together. The raw images are read once for each block; a block is as large as `memory` allows
+    and changes nothing else.
 
     Args:
         images: (T, y, x) raw stack; kept: particles to cut, in order.
@@ -174,7 +177,7 @@ def extract(
     tilts = patches.visible.shape[1]
     block = max(1, min(len(kept), int(memory // 2 // (2 * tilts * box**2 + 60 * (box * binning) ** 2))))
     outside = (centred_radius((box, box)) > BACKGROUND * box / 2).float()
-    noise = torch.ones(tilts)
+    noise, everything = torch.zeros(tilts), torch.as_tensor(kept)
     steps = [(start, t) for start in range(0, len(kept), block) for t in range(tilts)]
     out = np.zeros((0,), dtype=np.float16)
     for start, t in progress(steps, len(steps), "extract") if progress else steps:
@@ -185,8 +188,10 @@ def extract(
         if len(seen):
             image = torch.from_numpy(np.array(images[t], dtype=np.float32))
             cut = extract_tilt(image, patches.position[mine[seen], t], box, binning, contrast)
-            if start == 0 or noise[t] == 1.0:  # the first block that sees the tilt sets its scale, for all to share
-                noise[t] = ((cut**2 * outside).sum() / (outside.sum() * len(cut))).sqrt().clamp_min(1e-12)
+            if not noise[t]:
+                first = everything[torch.nonzero(patches.visible[everything, t])[:NOISE_SAMPLE, 0]]
+                sample = extract_tilt(image, patches.position[first, t], box, binning, contrast)
+                noise[t] = ((sample**2 * outside).sum() / (outside.sum() * len(sample))).sqrt().clamp_min(1e-12)
             out[seen.numpy(), t] = (cut / noise[t]).numpy()
         if t == tilts - 1:
             yield out.reshape(-1, box, box)

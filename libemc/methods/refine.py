@@ -260,8 +260,8 @@ def polish(
         best = torch.where(better, score, best)
         best_rotation[better], best_shift[better] = rotation[better], shift[better]
         damping = torch.where(better, damping * DAMPING[2], damping * DAMPING[1]).clamp(1e-4, 1e4)
-        scale = cross.clamp_min(0) / norm.clamp_min(1e-30)
-        scale = torch.where(scale > 0, scale, scale.abs().mean().clamp_min(1e-30))
+        # where the images contradict the pose (a negative product) the step still goes uphill
+        scale = (cross.abs() / norm.clamp_min(1e-30)).clamp_min(1e-30)
         projected = hessian - (by_norm[:, :, None] * by_norm[:, None, :]) / (4 * norm.clamp_min(1e-30)[:, None, None])
         normal[better] = projected[better]
         gradient[better] = (by_cross / scale[:, None] - by_norm / 2)[better]

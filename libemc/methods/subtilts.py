@@ -148,7 +148,7 @@ def _lenses(particles: Sequence[Particle], series: SeriesModel) -> Tensor:
         for column, name in enumerate(names):
             own = getattr(p, name)
             if own is not None:
-                lenses[i, :, column] = torch.tensor(own)
+                lenses[i, :, column] = torch.tensor(own, dtype=torch.float64)
     return lenses
 
 

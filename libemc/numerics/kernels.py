@@ -16,7 +16,7 @@ Friedel mate.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
@@ -34,10 +34,11 @@ from torch import Tensor
 REACH = 1.5  # half width of the interpolation kernel, in voxels of the padded transform
 DESIGN_EXTENT = 0.3  # |x| / padded box up to which replicas are kept low; a full box padded 1.5 times reaches 1/3
 HALO = 2  # columns at x < 0: the kernel reaches 1.5
+APART = 6.0  # voxels: points whose radii differ by this share no tap (3 in y and z; 4 in x, where rows are padded)
+LEAST_SHARE = 256  # coefficients that a thread is worth starting for
+LEAST_WORK = 100_000  # coefficients of all images together below which one thread does it
 BLOCK = 16  # coefficients located (and fetched ahead) together
-SWEEP = (
-    512  # coefficients that all images go through before the next: with lists in ring order, one shell stays in cache
-)
+SWEEP = 512  # coefficients that all images go through before the next: in ring order, one shell stays in cache
 
 
 def half_size(radius: float, padding: float) -> int:
@@ -314,18 +315,17 @@ def _gather_slope(volume, half, points, rows, c, out):  # type: ignore[no-untype
 
 
 @_jit
-def _scatter(volume, half, points, rows, c, values):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+def _scatter(volume, half, points, rows, c, values, begin, end):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Add complex values into a flat interleaved (re, im) volume: the adjoint of `_gather`."""
-    count = points.shape[1]
     row = half + 4
     plane = row * (2 * half + 1)
     base = np.empty(BLOCK, np.int64)
     frac = np.empty((4, BLOCK), rows.dtype)
     one = rows.dtype.type(1)
-    for sweep in range(0, count, SWEEP):
+    for sweep in range(begin, end, SWEEP):
         for b in range(rows.shape[0]):
-            for first in range(sweep, min(count, sweep + SWEEP), BLOCK):
-                last = min(count, first + BLOCK)
+            for first in range(sweep, min(end, sweep + SWEEP), BLOCK):
+                last = min(end, first + BLOCK)
                 _locate(half, points, rows[b], first, last, base, frac)
                 for j in range(last - first):
                     for r in range(9):
@@ -341,19 +341,18 @@ def _scatter(volume, half, points, rows, c, values):  # type: ignore[no-untyped-
 
 
 @_jit
-def _scatter_weighted(volume, half, points, rows, c, values, weights):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _scatter_weighted(volume, half, points, rows, c, values, weights, begin, end):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Add values and weights into a flat interleaved (re, im, weight, 0) volume."""
-    count = points.shape[1]
     row = half + 4
     plane = row * (2 * half + 1)
     base = np.empty(BLOCK, np.int64)
     frac = np.empty((4, BLOCK), rows.dtype)
     one = rows.dtype.type(1)
     zero = rows.dtype.type(0)
-    for sweep in range(0, count, SWEEP):
+    for sweep in range(begin, end, SWEEP):
         for b in range(rows.shape[0]):
-            for first in range(sweep, min(count, sweep + SWEEP), BLOCK):
-                last = min(count, first + BLOCK)
+            for first in range(sweep, min(end, sweep + SWEEP), BLOCK):
+                last = min(end, first + BLOCK)
                 _locate(half, points, rows[b], first, last, base, frac)
                 for j in range(last - first):
                     for r in range(9):
@@ -440,21 +439,47 @@ def _constants(dtype: torch.dtype) -> np.ndarray:
     return np.array(c, dtype=np.float32 if dtype == torch.float32 else np.float64)
 
 
-def _chunks(count: int, threads: int) -> list[slice]:
+def _in_threads(work: Callable[[Any], object], parts: Sequence[Any]) -> None:
+    """Call work on every part, each in a thread of its own."""
+    if len(parts) <= 1:
+        for part in parts:
+            work(part)
+        return
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for done in [pool.submit(work, part) for part in parts]:
+            done.result()
+
+
+def _shares(count: int, threads: int) -> list[slice]:
+    """About equal pieces of a list, one for each thread, none empty."""
     edges = np.linspace(0, count, threads + 1).astype(int)
     return [slice(a, b) for a, b in pairwise(edges) if b > a]
 
 
-def _in_threads(work: Callable[[int, slice], None], count: int, least: int) -> None:
-    """Run work(thread, slice) over the images, one thread for each of torch's, no fewer than `least` images a thread."""
-    parts = _chunks(count, max(1, min(torch.get_num_threads(), count // least)))
-    if len(parts) <= 1:
-        for i, part in enumerate(parts):
-            work(i, part)
-        return
-    with ThreadPoolExecutor(len(parts)) as pool:
-        for done in [pool.submit(work, i, part) for i, part in enumerate(parts)]:
-            done.result()
+def _ring_phases(points: np.ndarray[Any, Any], scale: float, threads: int) -> list[list[tuple[int, int]]]:
+    """Ranges of a list of points that threads may add into one volume at the same time: two phases of them.
+
+    Points whose distances from the origin differ by `APART` voxels share no tap. So a list that goes outward ring by ring
+    is cut into bands with gaps of that width between them: first all bands at once, then all gaps. A list in another
+    order, or too short, stays whole.
+    """
+    count = points.shape[1]
+    radius = np.sqrt((points.astype(np.float64) ** 2).sum(axis=0)) * scale
+    outermost = np.maximum.accumulate(radius)
+    innermost = np.minimum.accumulate(radius[::-1])[::-1]
+    for bands in range(min(threads, count // LEAST_SHARE), 1, -1):
+        cuts = [round(count * i / bands) for i in range(1, bands)]
+        # a gap ends where all that follows is APART from all that stands before it
+        ends = [int(np.searchsorted(innermost, outermost[cut - 1] + APART)) for cut in cuts]
+        starts = [0, *ends]
+        stops = [*cuts, count]
+        filled = all(start < stop for start, stop in zip(starts, stops, strict=True))
+        # the bands between two gaps keep those apart in their turn
+        if filled and all(
+            innermost[cut] - outermost[end - 1] >= APART for end, cut in zip(ends, cuts[1:], strict=False)
+        ):
+            return [list(zip(starts, stops, strict=True)), list(zip(cuts, ends, strict=True))]
+    return [[(0, count)]]
 
 
 def gather(volume: Tensor, half: int, points: Tensor, matrices: Tensor, slope: bool = False) -> Tensor:
@@ -477,8 +502,22 @@ def gather(volume: Tensor, half: int, points: Tensor, matrices: Tensor, slope: b
     k, r = points.contiguous().numpy(), matrices.contiguous().numpy()
     c = _constants(matrices.dtype)
     kernel = _gather_slope if slope else _gather
-    _in_threads(lambda _, part: kernel(v, half, k, r[part], c, o[part]), images, least=8)
+    threads = torch.get_num_threads() if images * count >= LEAST_WORK else 1
+    _in_threads(lambda part: kernel(v, half, k, r[part], c, o[part]), _shares(images, threads))
     return out
+
+
+def _add_in_rings(
+    add: Callable[[int, int], object], points: np.ndarray[Any, Any], matrices: np.ndarray[Any, Any]
+) -> None:
+    """Call add(first, last) for ranges of the points, in as many threads as torch has, without two at one voxel."""
+    if not len(matrices):
+        return
+    scale = float(np.linalg.norm(matrices.astype(np.float64), axis=2).min())
+    work = points.shape[1] * len(matrices)
+    threads = torch.get_num_threads() if work >= LEAST_WORK else 1
+    for phase in _ring_phases(points, scale, threads):
+        _in_threads(lambda part: add(*part), phase)
 
 
 def scatter(volume: Tensor, half: int, points: Tensor, matrices: Tensor, values: Tensor) -> None:
@@ -488,18 +527,8 @@ def scatter(volume: Tensor, half: int, points: Tensor, matrices: Tensor, values:
         return
     k, r = points.contiguous().numpy(), matrices.contiguous().numpy()
     v = torch.view_as_real(values.contiguous()).reshape(len(matrices), 2 * points.shape[1]).numpy()
-    c = _constants(matrices.dtype)
-    parts: dict[int, Tensor] = {}
-
-    def work(thread: int, part: slice) -> None:
-        target = volume if thread == 0 else torch.zeros_like(volume)
-        _scatter(torch.view_as_real(target).reshape(-1).numpy(), half, k, r[part], c, v[part])
-        parts[thread] = target
-
-    _in_threads(work, len(matrices), least=64)
-    for thread, part in parts.items():
-        if thread:
-            volume += part
+    c, flat = _constants(matrices.dtype), torch.view_as_real(volume).reshape(-1).numpy()
+    _add_in_rings(lambda first, last: _scatter(flat, half, k, r, c, v, first, last), k, r)
 
 
 def scatter_weighted(
@@ -512,16 +541,5 @@ def scatter_weighted(
         return
     k, r = points.contiguous().numpy(), matrices.contiguous().numpy()
     v = torch.view_as_real(values.contiguous()).reshape(len(matrices), 2 * points.shape[1]).numpy()
-    w = weights.contiguous().numpy()
-    c = _constants(matrices.dtype)
-    parts: dict[int, Tensor] = {}
-
-    def work(thread: int, part: slice) -> None:
-        target = volume if thread == 0 else torch.zeros_like(volume)
-        _scatter_weighted(target.reshape(-1).numpy(), half, k, r[part], c, v[part], w[part])
-        parts[thread] = target
-
-    _in_threads(work, len(matrices), least=64)
-    for thread, part in parts.items():
-        if thread:
-            volume += part
+    w, c, flat = weights.contiguous().numpy(), _constants(matrices.dtype), volume.reshape(-1).numpy()
+    _add_in_rings(lambda first, last: _scatter_weighted(flat, half, k, r, c, v, w, first, last), k, r)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -194,3 +195,38 @@ def test_projection_sums_along_z() -> None:
     got = project(density, torch.eye(3, dtype=torch.float64)[None])[0]
     want = density.sum(0)
     assert torch.linalg.norm(got - want) / torch.linalg.norm(want) < 0.01
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_threads_add_the_same_sums(threads: int) -> None:
+    """Bands of rings in threads of their own, and the gaps after them: the sums of one thread, to rounding, every time."""
+    box = 72
+    band, matrices = Band.of(box), random_matrices(60, 5)
+    g = torch.Generator().manual_seed(4)
+    values = torch.complex(*(torch.randn(60, len(band.kx), generator=g) for _ in range(2)))
+    weights = torch.rand(60, len(band.kx), generator=g)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = Accumulator(box)
+        one.add(values, weights, matrices, band)
+        torch.set_num_threads(threads)
+        for _ in range(4):
+            many = Accumulator(box)
+            many.add(values, weights, matrices, band)
+            torch.testing.assert_close(many.sums, one.sums, rtol=0, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_ranges_of_different_threads_are_apart() -> None:
+    """Whatever the threads: in each phase no two ranges hold points within reach of one voxel, and none is left out."""
+    points = Band.of(96).points().numpy()
+    radius = 2.0 * (points**2).sum(0) ** 0.5
+    for threads in range(1, 9):
+        phases = kernels._ring_phases(points, 2.0, threads)
+        everything = sorted(i for phase in phases for first, last in phase for i in range(first, last))
+        assert everything == list(range(points.shape[1]))
+        for phase in phases:
+            spans = sorted((radius[a:b].min(), radius[a:b].max()) for a, b in phase if b > a)
+            assert all(low[1] + kernels.APART <= high[0] + 1e-9 for low, high in pairwise(spans))

@@ -558,3 +558,13 @@ def test_an_image_that_is_found_spoilt_on_the_way(
     )
     assert [path.name for path in Path("avg").iterdir() if not path.name.startswith(".")] == ["run.json"]
     assert json.loads(Path("avg/run.json").read_text())["history"][-1]["state"] == "failed"
+
+
+def test_one_unreadable_past_hides_no_other(base: Path, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A record whose history has a time that is none: what other records know of a file is found all the same."""
+    shutil.copytree(base, project, dirs_exist_ok=True)
+    content = json.loads(Path(INFO).read_text())
+    content["history"] = [{"id": "x", "program": "emc_x", "version": "0", "argv": [], "start": ""}]
+    Path(INFO).write_text(json.dumps(content))
+    assert importlib.import_module("emc_info").program.main(["spt_00/average.mrc", "--history"]) == 0
+    assert "$ emc_refine ribo" in capsys.readouterr().out

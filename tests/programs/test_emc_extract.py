@@ -244,7 +244,6 @@ def test_what_another_wrote_is_not_replaced(series: HandSeries, capsys: pytest.C
     assert ran("TS_hand", *ARGV, "--overwrite") == 0
 
 
-@pytest.mark.xfail(reason="the first block of particles sets each tilt's scale, and --memory the size of a block")
 def test_memory_does_not_change_what_is_cut(series: HandSeries) -> None:
     for memory in ("4G", "100K"):
         assert (
