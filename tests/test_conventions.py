@@ -21,13 +21,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import by_hand
+from by_hand import PIXEL, HandSeries, blobs_image, blobs_map, pose, rx, ry, rz
+
 import emc_average
 import emc_extract
 import emc_fsc
 import emc_import
 import emc_tomogram
-from by_hand import PIXEL, HandSeries, blobs_image, blobs_map, pose, rx, ry, rz
-
 from libemc import project as rooms
 from libemc.io import mrc
 from libemc.methods import average, extract, phantom, postprocess, reconstruct, simulate, subtilts

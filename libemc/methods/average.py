@@ -10,7 +10,7 @@ from torch import Tensor
 
 from libemc.errors import InputError
 from libemc.methods.postprocess import GOLD_STANDARD, Resolution, half_map_resolution
-from libemc.methods.subtilts import Batch, Particles, Progress, chunk_size, chunks, load_batch, noise_spectrum
+from libemc.methods.subtilts import Batch, Particles, Progress, batches_by_half, load_batch, noise_spectrum
 from libemc.numerics.slices import Accumulator, Band
 from libemc.numerics.symmetry import symmetry_matrices
 
@@ -80,19 +80,7 @@ def half_maps(
     operators = symmetry_matrices(symmetry)
     for particles in series:
         noise = noise_spectrum(particles, band) if whiten else None
-        pieces = [
-            (half, piece)
-            for half in (1, 2)
-            for piece in chunks(
-                torch.nonzero(particles.use & (particles.half == half))[:, 0], chunk_size(particles, band, memory)
-            )
-        ]
-        wrapped = (
-            progress([p for _, p in pieces], len(pieces), f"average {particles.file.name}")
-            if progress
-            else [p for _, p in pieces]
-        )
-        for (half, _), piece in zip(pieces, wrapped, strict=True):
+        for half, piece in batches_by_half(particles, particles.use, band, memory, progress, "average"):
             batch = load_batch(particles, piece, band, noise)
             if len(batch.values):
                 insert_batch(sums[half - 1], batch, None, operators)

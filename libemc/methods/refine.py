@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from libemc.methods import average
-from libemc.methods.subtilts import Batch, Particles, Progress, chunk_size, chunks, load_batch, noise_spectrum
+from libemc.methods.subtilts import Batch, Particles, Progress, batches_by_half, load_batch, noise_spectrum
 from libemc.numerics import slices
 from libemc.numerics.grids import centred_radius, rfft_radius
 from libemc.numerics.rotations import matrix_from_rotvec, rotation_distance
@@ -428,16 +428,7 @@ def iterate(
         score = torch.full_like(particles.score, float("nan"))
         noise = noise_spectrum(particles, band)
         seen = particles.use & (particles.visible & particles.series.use).any(dim=1)
-        size = chunk_size(particles, band, memory)
-        pieces = [
-            (half, p) for half in (1, 2) for p in chunks(torch.nonzero(seen & (particles.half == half))[:, 0], size)
-        ]
-        wrapped = (
-            progress([p for _, p in pieces], len(pieces), f"align {particles.file.name}")
-            if progress
-            else [p for _, p in pieces]
-        )
-        for (half, _), piece in zip(pieces, wrapped, strict=True):
+        for half, piece in batches_by_half(particles, seen, band, memory, progress, "align"):
             batch = load_batch(particles, piece, band, noise)
             poses = align_batch(batch, fine[half - 1], coarse[half - 1], grid, limit)
             rotation[piece] = poses.rotation

@@ -353,6 +353,19 @@ def chunks(index: Tensor, size: int) -> Iterator[Tensor]:
         yield index[start : start + max(1, size)]
 
 
+def batches_by_half(
+    particles: Particles, chosen: Tensor, band: slices.Band, memory: int, progress: Progress | None, label: str
+) -> Iterator[tuple[int, Tensor]]:
+    """Half (1, 2) and indices of one batch after the other of the chosen (N,) particles, as large as `memory` allows."""
+    size = chunk_size(particles, band, memory)
+    pieces = [
+        (half, piece)
+        for half in (1, 2)
+        for piece in chunks(torch.nonzero(chosen & (particles.half == half))[:, 0], size)
+    ]
+    yield from progress(pieces, len(pieces), f"{label} {particles.file.name}") if progress else pieces
+
+
 def chunk_size(particles: Particles, band: slices.Band, memory: int) -> int:
     """How many particles' images fit into `memory` bytes while they are aligned and inserted.
 

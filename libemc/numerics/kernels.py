@@ -224,8 +224,8 @@ def _tap_slope(t, c):  # type: ignore[no-untyped-def]  # pragma: no cover - comp
 
 
 @_jit
-def _locate(half, points, rows, first, last, base, frac):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """First tap (voxel index) and fractions of the points first:last, at their Friedel mates where x < 0."""
+def _locate(volume, channels, half, points, rows, first, last, base, frac):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """First tap (voxel index) and fractions of the points first:last, at their Friedel mates where x < 0; fetches the taps."""
     row = half + 4
     plane = row * (2 * half + 1)
     one = rows.dtype.type(1)
@@ -244,6 +244,8 @@ def _locate(half, points, rows, first, last, base, frac):  # type: ignore[no-unt
         frac[2, j] = pz - fz
         frac[3, j] = sign
         base[j] = (np.int64(fz) + half - 1) * plane + (np.int64(fy) + half - 1) * row + np.int64(fx) + 1
+        for r in range(9):
+            _prefetch(volume, channels * (base[j] + (r // 3) * plane + (r % 3) * row))
 
 
 @_jit
@@ -259,10 +261,7 @@ def _gather(volume, half, points, rows, c, out):  # type: ignore[no-untyped-def]
         for b in range(rows.shape[0]):
             for first in range(sweep, min(count, sweep + SWEEP), BLOCK):
                 last = min(count, first + BLOCK)
-                _locate(half, points, rows[b], first, last, base, frac)
-                for j in range(last - first):
-                    for r in range(9):
-                        _prefetch(volume, 2 * (base[j] + (r // 3) * plane + (r % 3) * row))
+                _locate(volume, 2, half, points, rows[b], first, last, base, frac)
                 for j in range(last - first):
                     tx, ty, tz = frac[0, j], frac[1, j], frac[2, j]
                     y = (_tap(ty + one, c), _tap(ty, c), _tap(ty - one, c))
@@ -287,10 +286,7 @@ def _gather_slope(volume, half, points, rows, c, out):  # type: ignore[no-untype
         for b in range(rows.shape[0]):
             for first in range(sweep, min(count, sweep + SWEEP), BLOCK):
                 last = min(count, first + BLOCK)
-                _locate(half, points, rows[b], first, last, base, frac)
-                for j in range(last - first):
-                    for r in range(9):
-                        _prefetch(volume, 2 * (base[j] + (r // 3) * plane + (r % 3) * row))
+                _locate(volume, 2, half, points, rows[b], first, last, base, frac)
                 for j in range(last - first):
                     tx, ty, tz, sign = frac[0, j], frac[1, j], frac[2, j], frac[3, j]
                     y = (_tap(ty + one, c), _tap(ty, c), _tap(ty - one, c))
@@ -326,10 +322,7 @@ def _scatter(volume, half, points, rows, c, values, begin, end):  # type: ignore
         for b in range(rows.shape[0]):
             for first in range(sweep, min(end, sweep + SWEEP), BLOCK):
                 last = min(end, first + BLOCK)
-                _locate(half, points, rows[b], first, last, base, frac)
-                for j in range(last - first):
-                    for r in range(9):
-                        _prefetch(volume, 2 * (base[j] + (r // 3) * plane + (r % 3) * row))
+                _locate(volume, 2, half, points, rows[b], first, last, base, frac)
                 for j in range(last - first):
                     tx, ty, tz = frac[0, j], frac[1, j], frac[2, j]
                     x = (_tap(tx + one, c), _tap(tx, c), _tap(tx - one, c))
@@ -353,10 +346,7 @@ def _scatter_weighted(volume, half, points, rows, c, values, weights, begin, end
         for b in range(rows.shape[0]):
             for first in range(sweep, min(end, sweep + SWEEP), BLOCK):
                 last = min(end, first + BLOCK)
-                _locate(half, points, rows[b], first, last, base, frac)
-                for j in range(last - first):
-                    for r in range(9):
-                        _prefetch(volume, 4 * (base[j] + (r // 3) * plane + (r % 3) * row))
+                _locate(volume, 4, half, points, rows[b], first, last, base, frac)
                 for j in range(last - first):
                     tx, ty, tz = frac[0, j], frac[1, j], frac[2, j]
                     x = (_tap(tx + one, c), _tap(tx, c), _tap(tx - one, c))

@@ -9,14 +9,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import emc_average
-import emc_export
-import emc_import
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import emc_average
+import emc_export
+import emc_import
 from libemc.io import mrc
 from libemc.io.relion import OpticsGroup, Particles2D, write_particles_2d
 from libemc.methods import phantom

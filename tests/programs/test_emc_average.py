@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from by_hand import PIXEL, HandSeries, blobs_map, mrc_bytes, shell_correlation
+
 import emc_average
 import emc_extract
-from by_hand import PIXEL, HandSeries, blobs_map, mrc_bytes, shell_correlation
 
 FILES = {"average.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "fsc.json", "fsc.png", "average.png", "run.json"}
 

@@ -10,9 +10,9 @@ import re
 import shlex
 from pathlib import Path
 
-import emc_demo
 import pytest
 
+import emc_demo
 from libemc import comparison, records
 from libemc.cli import commands
 from libemc.errors import CommandFailed, InputError

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import emc_export
-import emc_import
 import mrcfile
 import numpy as np
 import pytest
@@ -13,6 +11,8 @@ import starfile
 import torch
 from scipy.spatial.transform import Rotation
 
+import emc_export
+import emc_import
 from libemc import project as projects
 from libemc import records
 from libemc.methods.average import half_maps

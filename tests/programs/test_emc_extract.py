@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import emc_extract
 from by_hand import PIXEL, HandSeries, blobs_image, blobs_map, filtered, pose
+
+import emc_extract
 
 ARGV = ("--label", "ribo", "--set", "ribo", "--box", "32", "--quiet")
 

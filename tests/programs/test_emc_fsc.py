@@ -6,11 +6,11 @@ import json
 import math
 from pathlib import Path
 
-import emc_fsc
 import numpy as np
 import pytest
 import torch
 
+import emc_fsc
 from libemc.io import mrc
 from libemc.methods import postprocess
 from libemc.numerics import fourier

@@ -6,7 +6,6 @@ import json
 import os
 from pathlib import Path
 
-import emc_import
 import mrcfile
 import numpy as np
 import pandas as pd
@@ -15,6 +14,7 @@ import torch
 from mrcfile.dtypes import HEADER_DTYPE
 from scipy.spatial.transform import Rotation
 
+import emc_import
 from libemc import project as projects
 from libemc import records
 from libemc.io import geometry, imod, mrc, relion

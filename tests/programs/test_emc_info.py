@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import emc_info
 import mrcfile
 import numpy as np
 import pytest
 
+import emc_info
 from libemc import records
 from libemc.cli import Program, Run
 

@@ -6,11 +6,11 @@ import math
 import re
 from pathlib import Path
 
-import emc_mask
 import numpy as np
 import pytest
 import torch
 
+import emc_mask
 from libemc.io import mrc
 from libemc.numerics.grids import centred_radius
 from libemc.numerics.masks import soft_sphere

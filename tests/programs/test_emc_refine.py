@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from by_hand import PIXEL, HandSeries, blobs_map, mrc_bytes, pose, shell_correlation
+
 import emc_average
 import emc_extract
 import emc_refine
-from by_hand import PIXEL, HandSeries, blobs_map, mrc_bytes, pose, shell_correlation
 
 SERIES = HandSeries(noise=0.3, particles=12)
 LOCAL = ("ribo", "--reference", "ref.mrc", "--startres", "14", "--local")

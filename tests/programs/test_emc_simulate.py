@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import emc_simulate
 import mdocfile
 import mrcfile
 import numpy as np
 import pytest
 import torch
 
+import emc_simulate
 from libemc.io import mrc
 from libemc.methods import phantom
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import emc_tomogram
 import mrcfile
 import numpy as np
 import pytest
 import torch
 
+import emc_tomogram
 from libemc import records
 from libemc.io import mrc
 from libemc.numerics.rotations import tilt_matrices

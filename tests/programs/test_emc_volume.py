@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import emc_volume
 import mrcfile
 import numpy as np
 import pytest
 import torch
 
+import emc_volume
 from libemc.io import mrc
 from libemc.numerics.fsc import fourier_shell_correlation
 from libemc.numerics.grids import centred_coordinates, rfft_radius
