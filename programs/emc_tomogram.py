@@ -26,7 +26,8 @@ from libemc import records
 from libemc.cli import Program, Run, options
 from libemc.errors import InputError
 from libemc.io import mrc
-from libemc.methods import align, reconstruct
+from libemc.methods import reconstruct
+from libemc.methods.align import coarse
 from libemc.methods.reconstruct import CtfCorrection, Grid, Weighting, binned_shape
 from libemc.methods.subtilts import TiltGeometry
 from libemc.project import Images, open_raw_stack
@@ -74,7 +75,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
                 records.update(path, partial(reconstruct.with_tomogram, made=made), TiltSeriesRecord)
         z, y, x = made.shape
         voxels = f"{x} x {y} x {z} voxels of {made.pixel_size:g} Å from {len(whole)} tilts"
-        run.result(f"{record.name}: {voxels}, {align.summary(records.need(record, 'alignment'))}")
+        run.result(f"{record.name}: {voxels}, {coarse.summary(records.need(record, 'alignment'))}")
 
 
 def checked(record: TiltSeriesRecord, args: argparse.Namespace, run: Run) -> tuple[TiltSeriesRecord, mrc.MrcImages]:
@@ -89,10 +90,10 @@ def checked(record: TiltSeriesRecord, args: argparse.Namespace, run: Run) -> tup
         raise InputError("is aligned already", path, remedy)
     else:
         axis = args.axis if args.axis is not None else record.source.tilt_axis
-        record = record.model_copy(update={"alignment": align.nominal(record, axis or 0.0)})
+        record = record.model_copy(update={"alignment": coarse.nominal(record, axis or 0.0)})
     run.input(record.source.stack)
     stack = open_raw_stack(record)
-    if sum(record.tilts.use) < align.LEAST_IMAGES:
+    if sum(record.tilts.use) < coarse.LEAST_IMAGES:
         raise InputError(f"only {sum(record.tilts.use)} tilts are used", path, "include more of them")
     if record.alignment is not None and record.alignment.deformation is not None:
         run.warn(f"{record.name}: the alignment's local deformation is not applied")
@@ -125,13 +126,13 @@ def aligned(
     source, use = record.source, record.tilts.use
     base = records.need(record, "alignment")
     if not args.refine and args.axis is None and source.tilt_axis is None:
-        small = align.prepare(stack.array.__getitem__, source.shape, source.pixel_size, use, align.AXIS_SIZE)
-        base = align.nominal(record, align.find_axis(small, record))
+        small = coarse.prepare(stack.array.__getitem__, source.shape, source.pixel_size, use, coarse.AXIS_SIZE)
+        base = coarse.nominal(record, coarse.find_axis(small, record))
         run.warn(f"{record.name}: tilt axis found to be {base.axis[0]:.1f}°, or its opposite; better give --axis")
-    images = align.prepare(stack.array.__getitem__, source.shape, source.pixel_size, use)
+    images = coarse.prepare(stack.array.__getitem__, source.shape, source.pixel_size, use)
     if images.blank:
         run.warn(f"{record.name}: images {images.blank} are blank; exclude them")
-    found = align.align(images, base, first_pass=not args.refine)
+    found = coarse.align(images, base, first_pass=not args.refine)
     records.update(path, lambda old: old.model_copy(update={"alignment": found}), TiltSeriesRecord)
     return record.model_copy(update={"alignment": found})
 

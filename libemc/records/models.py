@@ -140,8 +140,48 @@ class Tilts(Section):
     """Why a tilt is not used, per tilt."""
 
 
+class Landmarks(Section):
+    """The points of the specimen that the alignment is fitted to."""
+
+    xyz: tuple[Vector, ...]
+    """Å from the tomogram's centre."""
+    kind: tuple[Literal["bead", "feature"], ...]
+    """A gold bead, or anything else that stands out."""
+    diameter: Scores
+    """Of the beads; null for the others."""
+    residual: Scores
+    """Root mean square distance from the prediction over the tilts, per landmark."""
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Landmarks:
+        _check_lengths(self, len(self.xyz), "points (xyz)", "write one entry for each point")
+        return self
+
+
+class Deformation(Section):
+    """Smooth local motion: added to the image position after the geometry and the magnification.
+
+    A displacement at each node of a regular grid over the image; natural cubic splines between the nodes.
+    """
+
+    rows: PositiveInt
+    columns: PositiveInt
+    """Nodes along y and x; the outermost lie on the field's edges."""
+    field: tuple[PositiveFloat, PositiveFloat]
+    """Å along x and y that the nodes span, around the image centre."""
+    dx: tuple[Numbers, ...]
+    """Å, per tilt: rows * columns values, x fastest."""
+    dy: tuple[Numbers, ...]
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Deformation:
+        for values in (*self.dx, *self.dy):
+            _check_lengths((("a tilt", values),), self.rows * self.columns, "nodes", "write one value for each node")
+        return self
+
+
 class Alignment(Section):
-    """The tilt geometry: q = Rz(axis) Ry(tilt) Rx(xtilt) r, image position magnification (q_xy + shift)."""
+    """The tilt geometry: q = Rz(axis) Ry(tilt) Rx(xtilt) r, image position magnification (q_xy + shift) + deformation."""
 
     axis: Numbers
     tilt: Numbers
@@ -151,12 +191,19 @@ class Alignment(Section):
     shift_y: Numbers
     magnification: Numbers | None = None
     """Scale about the image centre, per tilt; null means 1."""
+    hand_open: bool = False
+    """The axis was found from the images alone: it may be its opposite, and the specimen its mirror image."""
     residual: Scores | None = None
     """Root mean square distance of the landmarks from their predictions, per tilt."""
+    error: Scores | None = None
+    """Expected root mean square error of a point's image position over the field, per tilt; null: not known."""
     thickness: float | None = None
-    landmarks: Free | None = None
-    deformation: Free | None = None
-    """Smooth local motion added to the image position; null means none."""
+    """Å along z that the specimen fills."""
+    landmarks: Landmarks | None = None
+    deformation: Deformation | None = None
+    """Null means none."""
+    freedom: Free | None = None
+    """What was fitted, how freely, and what cross-validation said of it."""
     loss: Scores | None = None
     """The alignment's objective, in the program's own steps."""
 
@@ -233,6 +280,9 @@ class TiltSeriesRecord(Record):
         count = self.source.shape[0]
         for name, section in (("tilts", self.tilts), ("alignment", self.alignment), ("ctf", self.ctf)):
             lists = ((f"{name}.{key}", value) for key, value in section or () if key != "loss")
+            _check_lengths(lists, count, "images in source.shape", "write one entry for each image of the stack")
+        if self.alignment is not None and self.alignment.deformation is not None:
+            lists = ((f"alignment.deformation.{key}", getattr(self.alignment.deformation, key)) for key in ("dx", "dy"))
             _check_lengths(lists, count, "images in source.shape", "write one entry for each image of the stack")
         return self
 

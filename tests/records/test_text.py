@@ -92,7 +92,7 @@ WRONG = [
     ("alignement", {}, "key alignement is unknown; did you mean alignment?"),
     ("ctf.defocus_u", [1.0, float("nan"), 2.0], "key ctf.defocus_u[1] is NaN or infinite; write a finite number"),
     ("ctf.defocus_v", [1.0, -float("inf"), 2.0], "key ctf.defocus_v[1] is NaN or infinite"),
-    ("alignment.landmarks", {"a": [{"b": float("nan")}]}, "key alignment.landmarks is NaN or infinite"),
+    ("alignment.freedom", {"a": [{"b": float("nan")}]}, "key alignment.freedom is NaN or infinite"),
     ("ctf.defocus_handedness", 0, "key ctf.defocus_handedness is wrong"),
     ("tilts.use", [1, 1, 0], "key tilts.use[0] is wrong: input should be a valid boolean (and 2 more like it)"),
     ("schema", 2, "key schema is 2, newer than this emc reads (1); install"),

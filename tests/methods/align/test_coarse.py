@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 
 from libemc.errors import InputError
 from libemc.io import mrc
-from libemc.methods import align
+from libemc.methods.align import coarse as align
 from libemc.numerics.fourier import fourier_shift, irfftn_centred
 from libemc.numerics.rotations import tilt_matrices
 from libemc.records import Source, Tilts, TiltSeriesRecord
