@@ -1,10 +1,11 @@
-"""Where files become what methods work on, and results become files: shared by the programs, and the only file that sees
+"""Where files become what methods work on, and results become files: shared by the programs, and a file that sees
 io, records and methods together. No mathematics, no options.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from libemc import records
 from libemc.errors import InputError
 from libemc.io import mrc
 from libemc.io.files import read_json, write_text
+from libemc.methods import reconstruct
 from libemc.methods.average import DEFAULT_MASK, MASK_EDGE, Average, HalfMaps
 from libemc.methods.postprocess import resample
 from libemc.methods.refine import Done, Step, filtered_references
@@ -140,6 +142,15 @@ class Images:
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         """All of them."""
         return self[np.arange(len(self.stack.array))].astype(dtype or np.float32)
+
+
+def room_for_images(shape: tuple[int, int, int], memory: float, folder: str | Path) -> tuple[NDArray[Any], float]:
+    """An array for filtered images, in memory or in a scratch file of a folder, and the bytes of memory left for the rest."""
+    left = reconstruct.working_memory(memory)
+    dtype, size = reconstruct.image_format(shape, left)
+    if size:
+        return np.empty(shape, dtype), left - size
+    return np.memmap(tempfile.TemporaryFile(dir=folder), dtype, "w+", shape=shape), left
 
 
 def read_map(path: str | Path, box: int, pixel_size: float) -> Tensor:

@@ -156,7 +156,7 @@ def alignment_row(folder: Path, name: str) -> tuple[str, ...]:
     """How well a tilt series is aligned now."""
     error = comparison.alignment_error(name, folder / f"raw/{name}_truth.json", folder)
     return (
-        f"{name}, coarse alignment: reprojection error",
+        f"{name}, alignment: reprojection error",
         "0 Å",
         "",
         f"{error.rms:.1f} Å rms, {error.median:.1f} median",

@@ -72,7 +72,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     ice.add_argument("--slab-tilt", type=options.number, nargs=2, default=(0.0, 0.0), metavar=("Y", "X"), help=turn)
     ice.add_argument("--beads", type=options.integer, default=0, metavar="N", help="gold beads on the surfaces")
     numbers(ice, options.positive, ("bead-radius", 50.0, "A", "their radius in Å"))
-    numbers(ice, options.not_negative, ("ice", 1.0, "X", "structure of the ice, 0 none, 1 as in nature"))
+    beyond = ("margin", 0.0, "A", "particles and beads beyond the field's edges")
+    numbers(ice, options.not_negative, ("ice", 1.0, "X", "structure of the ice, 0 none, 1 as in nature"), beyond)
 
     stage = parser.add_argument_group("tilt series")
     stage.add_argument("--size", type=options.box_size, nargs=2, default=(800, 800), metavar=("X", "Y"), help="pixels")
@@ -91,7 +92,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         ("tilt-error", 0.0, "DEG", "angles against nominal, rms"),
         ("drift", 15.0, "A", "stage drift per tilt, Å rms"),
         ("jitter", 0.0, "A", "shifts that don't add up, Å rms"),
+        ("magnification-change", 0.0, "X", "over the series, smooth, rms"),
     )
+    stage.add_argument("--missing", type=options.integer, action="append", metavar="INDEX", help="an image never taken")
     spoilt = f"spoil an image: {', '.join(simulate.BAD_KINDS)}; may be given again"
     stage.add_argument("--bad", type=bad_image, action="append", metavar="INDEX:KIND", help=spoilt)
 
@@ -148,16 +151,16 @@ def main(args: argparse.Namespace, run: Run) -> None:
     fractions = args.fractions or (1.0,) * len(maps)
     if len(fractions) != len(maps):
         raise InputError(f"{len(fractions)} fractions for {len(maps)} classes", remedy="give one for each class")
-    tilts = simulate.tilt_angles(*args.tilt_range)
+    tilts = tuple(t for j, t in enumerate(simulate.tilt_angles(*args.tilt_range)) if j not in (args.missing or ()))
     acquisition = simulate.Acquisition(
         tilts, simulate.order_of_tilts(tilts, args.order), args.dose, args.axis, args.xtilt,
-        args.axis_error, args.tilt_error, args.drift, args.jitter, tuple(args.bad or ()))  # fmt: skip
+        args.axis_error, args.tilt_error, args.drift, args.jitter, tuple(args.bad or ()), args.magnification_change)  # fmt: skip
     imaging = simulate.Imaging(
         Optics(args.voltage, args.cs, args.amplitude_contrast), args.defocus, args.defocus_jitter, args.astigmatism,
         args.astigmatism_angle, args.phase_shift, args.handedness, args.mtf)  # fmt: skip
     specimen = simulate.Specimen(
         args.count, args.distance or diameter, fractions, args.thickness, tuple(args.slab_tilt), args.beads,
-        args.bead_radius, args.motion, args.motion_range, args.ice)  # fmt: skip
+        args.bead_radius, args.motion, args.motion_range, args.ice, args.margin)  # fmt: skip
     size = args.size[1], args.size[0]
     scene = simulate.lay_out(acquisition, imaging, specimen, size, args.pixel_size, run.seed, args.binning)
     dtype, shape = np.dtype(args.dtype), (len(tilts), *scene.shape)

@@ -268,6 +268,17 @@ thickness = _option("--thickness", type=positive, metavar="A", help="thickness i
 region = _option(
     "--region", type=region_bounds, metavar="X0,X1,Y0,Y1,Z0,Z1", help="part of the tomogram, in Å from its centre"
 )
+deconvolve = _option(
+    "--deconvolve", nargs="?", type=positive, const=1.0, metavar="STRENGTH",
+    help="correct the CTF and raise contrast as Warp and IsoNet do, with this strength (1 if none is given)",
+)  # fmt: skip
+snr_falloff = _option(
+    "--snr-falloff", type=positive, default=1.0, metavar="F", help="of --deconvolve: more leaves less detail and noise"
+)
+erase_beads = _option(
+    "--erase-beads", action="store_true", default=False, help="replace gold beads in the images by noise first"
+)
+tag = _option("--tag", type=label_name, metavar="T", help="word added to the names of the tomograms")
 resolution = _option("--resolution", type=positive, metavar="A", help="resolution to use, in Å")
 step = _option("--step", type=positive, metavar="DEG", help="angle between neighbouring orientations")
 classes = _option("--classes", type=count, default=1, metavar="N", help="number of classes")

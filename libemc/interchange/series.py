@@ -97,7 +97,7 @@ class RawSeries:
         numbers = [
             import_series.image_statistics(image) for image in progress(self.images.array, label=self.record.name)
         ]
-        reasons = import_series.bad_images(numbers, self.record.tilts.nominal)
+        reasons = import_series.bad_images(numbers, self.record.tilts.nominal, self.record.tilts.order)
         if all(reasons):
             raise InputError(f"no image can be used: image 0 is {reasons[0]}", self.images.path, "check the file")
         return self.record.model_copy(update={"tilts": import_series.without_bad(self.record.tilts, reasons)})

@@ -82,6 +82,7 @@ def read_truth(path: StrPath) -> Truth:
                 xtilt=per_tilt(data, "xtilt", path, count, 0.0),
                 shift_x=shift[:, 0],
                 shift_y=shift[:, 1],
+                magnification=per_tilt(data, "magnification", path, count, 1.0),
                 use=use,
             ),
             ctf=Ctf(

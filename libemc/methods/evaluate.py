@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -62,19 +62,24 @@ class AlignmentError:
     Attributes:
         tilts: (T,) Å rms of the points in each tilt, NaN where it is not used.
         angles: (T,) degrees between the tilt matrices after the motion, NaN where not used.
-        mirrored_rms: Å, what `rms` would be if the specimen were the mirror image.
+        mirrored_tilts: (T,) what `tilts` would be if the specimen were the mirror image.
         motion: the rigid motion that fits best.
     """
 
     tilts: Tensor
     angles: Tensor
-    mirrored_rms: float
+    mirrored_tilts: Tensor
     motion: RigidMotion
 
     @property
     def rms(self) -> float:
         """Å, over all points and used tilts."""
         return float((self.tilts**2).nanmean().sqrt())
+
+    @property
+    def mirrored_rms(self) -> float:
+        """Å, what `rms` would be if the specimen were the mirror image."""
+        return float((self.mirrored_tilts**2).nanmean().sqrt())
 
     @property
     def median(self) -> float:
@@ -107,12 +112,16 @@ def slab_points(width: float, height: float, thickness: float, slab_tilt: tuple[
     return corners * half / math.sqrt(3) @ tilt_matrices(0.0, *slab_tilt).T
 
 
-def alignment_error(found: TiltGeometry, truth: TiltGeometry, points: Tensor) -> AlignmentError:
+def alignment_error(
+    found: TiltGeometry, truth: TiltGeometry, points: Tensor, seen: Tensor | None = None
+) -> AlignmentError:
     """Reprojection error of an alignment after the rigid motion of the specimen that fits best.
 
     Args:
         found, truth: of the same tilts; those that either leaves out take no part.
         points: (N, 3) Å in the true frame, not in a plane: particles, or `slab_points`.
+        seen: (N, T, 2) Å from the image centre, where the points are truly seen; None: where `truth` projects them. They
+            differ where the specimen has moved within itself.
 
     Raises:
         InputError: they differ in the number of tilts, or have fewer than two in common.
@@ -122,24 +131,23 @@ def alignment_error(found: TiltGeometry, truth: TiltGeometry, points: Tensor) ->
     use = found.use & truth.use
     if int(use.sum()) < 2:
         raise InputError("an alignment cannot be judged by fewer than two tilts", remedy="use more of them")
-    some = TiltGeometry(found.matrices[use], found.shift[use], found.magnification[use], use[use])
-    seen = replace(truth, matrices=truth.matrices[use], shift=truth.shift[use], magnification=truth.magnification[use])
-    target = seen.project(points)[0]
-    motion, residual = _best_motion(some, points.double(), target, 1.0)
-    mirrored, _ = _best_motion(some, points.double(), target, -1.0)
-    tilts = torch.full(use.shape, float("nan"), dtype=torch.float64)
-    angles = tilts.clone()
-    tilts[use] = residual.square().sum(dim=2).mean(dim=0).sqrt()
-    angles[use] = rotation_distance(some.matrices @ motion.rotation, seen.matrices)
-    error = (some.project(mirrored(points))[0] - target).square().sum(dim=2).mean().sqrt()
-    return AlignmentError(tilts, angles, float(error), motion)
+    some = found.select(use)
+    target = (truth.project(points)[0] if seen is None else seen.double())[:, use]
+    fits = [_best_motion(some, points.double(), target, hand) for hand in (1.0, -1.0)]
+    errors = torch.full((2, *use.shape), float("nan"), dtype=torch.float64)
+    errors[:, use] = torch.stack([residual for _, residual in fits]).square().sum(dim=3).mean(dim=1).sqrt()
+    angles = torch.full(use.shape, float("nan"), dtype=torch.float64)
+    motion = fits[0][0]
+    angles[use] = rotation_distance(some.matrices @ motion.rotation, truth.matrices[use])
+    return AlignmentError(errors[0], angles, errors[1], motion)
 
 
 def _best_motion(geometry: TiltGeometry, points: Tensor, target: Tensor, hand: float) -> tuple[RigidMotion, Tensor]:
     """The motion of determinant `hand` after which a geometry projects points (N, 3) nearest to targets (N, T, 2).
 
     Begins with the affine map that fits best, made a rotation by its polar decomposition; then Gauss-Newton, the tilts
-    weighted as in the pseudo-Huber loss (1 / sqrt(1 + (e / ROBUST)²), e their rms).
+    weighted as in the pseudo-Huber loss (1 / sqrt(1 + (e / ROBUST)²), e their rms). A deformation of the images is in the
+    residuals, its slope is left out of the steps.
 
     Returns:
         The motion and the residuals (N, T, 2), Å.

@@ -56,16 +56,19 @@ def image_statistics(image: NDArray[Any]) -> ImageStatistics:
     )
 
 
-def bad_images(statistics: Sequence[ImageStatistics], tilts: ArrayLike) -> list[str | None]:
+def bad_images(
+    statistics: Sequence[ImageStatistics], tilts: ArrayLike, order: Sequence[int] | None = None
+) -> list[str | None]:
     """Why each image can't be used, None where it can.
 
-    An image is spoilt when it holds values that are not finite, when it is constant, when it is a copy of an earlier one,
+    An image is spoilt when it holds values that are not finite, when it is constant, when it is a copy of one exposed before,
     or when less than `FAINT` of its neighbours' beam reached it: by its variance, to which counting noise is proportional,
     and in a stack of counts (no mean is below zero) by its mean as well. Neighbours are those in tilt, by their median.
 
     Args:
         statistics: of every image, in the order of the stack.
         tilts: nominal angles, degrees, (T,).
+        order: (T,) place of each in the exposure. None: of two copies neither is used, since one of them isn't what it says.
     """
     reasons: list[str | None] = []
     seen: dict[bytes, int] = {}
@@ -75,7 +78,11 @@ def bad_images(statistics: Sequence[ImageStatistics], tilts: ArrayLike) -> list[
         elif image.deviation <= 0:
             reasons.append("constant")
         elif image.digest in seen:
-            reasons.append(f"the same as image {seen[image.digest]}")
+            first = seen[image.digest]
+            reasons.append(None)
+            for copy, other in ((number, first), (first, number)):
+                if order is None or order[copy] > order[other]:
+                    reasons[copy] = f"the same as image {other}"
         else:
             reasons.append(None)
         seen.setdefault(image.digest, number)

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from os import PathLike, fspath
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from libemc.methods.subtilts import TiltGeometry
 from libemc.numerics import fourier
 from libemc.numerics.ctf import Optics, ctf
 from libemc.numerics.dose import exposure_filter
-from libemc.numerics.filters import normalise, taper_edges
+from libemc.numerics.filters import normalise
 from libemc.numerics.masks import cosine_edge
 from libemc.numerics.slices import Backprojection, Band
 from libemc.records import TiltSeriesRecord, Tomogram, need
@@ -42,8 +42,15 @@ SMALLEST_TILE, LARGEST_TILE = (
 )  # box in voxels; beyond, the transforms' arrays (> 32 MB) are mapped afresh each time
 SECONDS_PER_VOXEL, SECONDS_PER_COEFFICIENT = 11e-9, 49e-9  # of a tile, measured at 2.5 GHz: how `Tiling` weighs sizes
 BYTES_PER_VOXEL = 18  # of a tile at work: half volume, spectrum, two transforms
+BYTES_PER_PIXEL = 24  # of a tile's patches: themselves, their spectra, and what of these is inserted
+BYTES_PER_RAW_PIXEL = 20  # of an image that is being binned
+LIBRARIES = 350e6  # bytes of the process before it has read anything
 LEAST_OVERLAP = 8  # voxels over which neighbouring tiles are blended
 DAMAGE_NOISE = 0.1  # added to the sampled weights with dose weighting: what is destroyed is not amplified
+LEAST_VOXELS = 8  # on a side of a tomogram
+SINGULAR = 0.05  # cosine of the tilt below which an image has no field
+SNR_DECAY = 200.0  # Å: at frequency k the signal-to-noise ratio that --deconvolve assumes falls as exp(-200 Å · k)
+DECONVOLVE_HIGHPASS = 1000.0  # Å; what is coarser is damped, since a small CTF(0) would amplify it most
 CTF_NOISE = 0.2  # noise over signal power in the Wiener correction of the CTF
 EDGE_TAPER = 0.02  # of the image's shorter side
 FILTER_PADDING = 1.12  # of the image, for the tails of the filter
@@ -53,14 +60,7 @@ THICKNESS_MARGIN = 1.5  # of a known thickness of the specimen, for the tomogram
 CTF_MODES = ("none", "phaseflip", "multiply", "wiener")
 
 
-# ---------------------------------------------------------------------------------------------------------- geometry
-def select(geometry: TiltGeometry, tilts: Sequence[int]) -> TiltGeometry:
-    """The geometry of these tilts only."""
-    index = torch.as_tensor(list(tilts), dtype=torch.long)
-    g = geometry
-    return TiltGeometry(g.matrices[index], g.shift[index], g.magnification[index], g.use[index])
-
-
+# ---------------------------------------------------------------------------------------------------------- the grid
 @dataclass(frozen=True)
 class Grid:
     """A tomogram's voxels.
@@ -86,20 +86,21 @@ class Grid:
 
         Args:
             binning: image pixels to a voxel.
-            thickness: Å along z; by default 1.5 times the alignment's, else 3000, at most half of the field.
+            thickness: Å along z; by default 1.5 times the alignment's, else 3000 but at most half of the field.
             region: x0, x1, y0, y1, z0, z1 in Å from the origin; cut to whole voxels, it overrules `thickness`.
 
         Raises:
-            InputError: fewer than 8 voxels on a side.
+            InputError: fewer than 8 voxels on a side, or a region that no image shows.
         """
         alignment = need(record, "alignment")
         _, rows, columns = record.source.shape
         pixel_size = record.source.pixel_size * binning
         across = 45 < float(np.median(np.abs(np.asarray(alignment.axis) % 180))) < 135
         n_x, n_y = (rows // binning, columns // binning) if across else (columns // binning, rows // binning)
-        if thickness is None:
-            known = alignment.thickness and THICKNESS_MARGIN * alignment.thickness
-            thickness = min(known or DEFAULT_THICKNESS, min(rows, columns) * record.source.pixel_size / 2)
+        if thickness is None and alignment.thickness:
+            thickness = max(THICKNESS_MARGIN * alignment.thickness, LEAST_VOXELS * pixel_size)
+        elif thickness is None:
+            thickness = min(DEFAULT_THICKNESS, min(rows, columns) * record.source.pixel_size / 2)
         n_z = 2 * math.ceil(thickness / pixel_size / 2)
         shape, centre = (n_z, n_y, n_x), (0.0, 0.0, 0.0)
         if region is not None:
@@ -109,10 +110,22 @@ class Grid:
             shape = (sides[2], sides[1], sides[0])
             middle = [(a + n // 2) * pixel_size for a, n in zip(low, sides, strict=True)]
             centre = (middle[0], middle[1], middle[2])
-        if min(shape) < 8:
+            _check_seen(record, region)
+        if min(shape) < LEAST_VOXELS:
             what = f"a tomogram of {shape[2]} x {shape[1]} x {shape[0]} voxels is too small"
             raise InputError(what, record.name, "choose a smaller --bin or a larger --thickness or --region")
         return Grid(shape, pixel_size, centre)
+
+
+def _check_seen(record: TiltSeriesRecord, region: tuple[float, ...]) -> None:
+    """Raise unless some used image shows some of a grid of points of a region."""
+    lines = [torch.linspace(a, b, 9, dtype=torch.float64) for a, b in zip(region[0::2], region[1::2], strict=True)]
+    positions, _ = TiltGeometry.of(need(record, "alignment"), record.tilts.use).project(torch.cartesian_prod(*lines))
+    _, rows, columns = record.source.shape
+    half = torch.tensor([columns, rows]) * record.source.pixel_size / 2
+    if not bool(((positions.abs() < half).all(dim=2) & torch.tensor(record.tilts.use)).any()):
+        remedy = f"the images reach about {half[0]:.0f} and {half[1]:.0f} Å from the centre"
+        raise InputError("no used image shows anything of --region", record.name, remedy)
 
 
 @dataclass(frozen=True)
@@ -130,22 +143,39 @@ class Tiling:
     overlap: int
 
     @staticmethod
-    def of(shape: tuple[int, int, int], tilts: int, memory: float = math.inf) -> Tiling:
-        """The tiling that takes least time within `memory` bytes a tile."""
+    def of(shape: tuple[int, int, int], tilts: int, memory: float = math.inf, threads: int = 1) -> Tiling:
+        """The tiling that takes least time within `memory` bytes.
+
+        Raises:
+            InputError: none does with so little.
+        """
         best: tuple[float, Tiling] | None = None
+        least = math.inf
         for box in fourier.GOOD_SIZES:
-            if box < SMALLEST_TILE or box > LARGEST_TILE or (best and BYTES_PER_VOXEL * box**3 > memory):
+            if box < SMALLEST_TILE or box > LARGEST_TILE:
                 continue
             overlap = max(LEAST_OVERLAP, box // 16)
             whole = 2 * int(box * PAYLOAD)
             counts = [1 if n <= whole else math.ceil(n / (whole - overlap)) for n in shape]
             cuts = [tuple(n * i // c for i in range(c + 1)) for n, c in zip(shape, counts, strict=True)]
             tiling = Tiling(box, tuple(cuts), overlap)
-            seconds = len(tiling) * tiling.seconds(tilts)
-            if best is None or seconds < best[0]:
+            seconds, size = len(tiling) * tiling.seconds(tilts), tiling.bytes(tilts, threads)
+            least = min(least, size)
+            if size <= memory and (best is None or seconds < best[0]):
                 best = seconds, tiling
-        assert best is not None
+        if best is None:
+            what = (
+                f"a tomogram of {shape[2]} x {shape[1]} x {shape[0]} voxels takes {(least + LIBRARIES) / 2**20:.0f} MB"
+            )
+            raise InputError(what, None, "give more --memory, or a larger --bin, or a --region")
         return best[1]
+
+    def bytes(self, tilts: int, threads: int = 1) -> float:
+        """Estimate of the memory that `reconstruct` takes, beside the images."""
+        z, y, x = self.keep
+        worker = BYTES_PER_VOXEL * self.box**3 + BYTES_PER_PIXEL * tilts * self.box**2
+        slabs = self.edges[0][-1] * self.edges[2][-1] * (2 * y + self.overlap)  # one being written, one being filled
+        return threads * worker + 4.0 * (slabs + (threads + 2) * x * y * z)
 
     def __len__(self) -> int:
         return math.prod(len(e) - 1 for e in self.edges)
@@ -164,6 +194,16 @@ class Tiling:
         """First and last-plus-one voxel of tile i along an axis, its share of the overlaps included."""
         edges, half = self.edges[axis], self.overlap // 2
         return edges[i] - half * (i > 0), edges[i + 1] + half * (i + 2 < len(edges))
+
+    def centre(self, index: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Voxel (z, y, x) on which a tile's cube is centred; what is kept may be wider than a tile at the border needs."""
+        z, y, x = (low + (high - low) // 2 for low, high in (self.span(axis, i) for axis, i in enumerate(index)))
+        return z, y, x
+
+    def point(self, index: tuple[int, int, int], grid: Grid) -> Tensor:
+        """(x, y, z) Å of a tile's centre in the specimen, float64."""
+        world = [(m - n // 2) * grid.pixel_size for m, n in zip(self.centre(index), grid.shape, strict=True)]
+        return torch.tensor(world[::-1], dtype=torch.float64) + torch.tensor(grid.centre, dtype=torch.float64)
 
     def window(self, axis: int, i: int) -> Tensor:
         """Blending weights of the voxels of `span`: squared cosines, which add up to one with the neighbour's."""
@@ -217,29 +257,48 @@ class Weighting:
         thickness: Å; slices nearer to each other than its inverse measure the same.
         doses: (T,) e/Å² at the end of each exposure, for dose weighting; None for none.
         voltage: kV.
-        lowpass: Å; None for the resolution of the voxels.
+        lowpass, highpass: Å; None for the resolution of the voxels, and for none.
+        field: Å along x and y of the specimen that the tomogram can show; what lies beyond, and comes into the images at
+            high tilt only, is tapered away. None: all stays.
     """
 
     thickness: float
     doses: Tensor | None = None
     voltage: float = 300.0
     lowpass: float | None = None
+    highpass: float | None = None
+    field: tuple[float, float] | None = None
 
     @staticmethod
-    def of(record: TiltSeriesRecord, grid: Grid, tilts: Sequence[int], dose: bool, lowpass: float | None) -> Weighting:
-        """For some tilts of a record: its specimen's thickness, or that of the grid; its doses, if wanted and known."""
+    def of(
+        record: TiltSeriesRecord,
+        grid: Grid,
+        tilts: Sequence[int],
+        dose: bool,
+        lowpass: float | None,
+        deconvolve: bool = False,
+    ) -> Weighting:
+        """For some tilts of a record: its specimen's thickness, or that of the grid; its doses, if wanted and known.
+
+        With `deconvolve` there's the high-pass filter that goes with that correction of the CTF.
+
+        The field is that of the whole tomogram, though the grid may be a part of it: a part looks like the whole.
+        """
         alignment, t = need(record, "alignment"), record.tilts
         doses = None
         if dose and t.dose is not None and t.dose_before is not None:
             doses = torch.tensor([t.dose[j] + t.dose_before[j] for j in tilts])
         thickness = alignment.thickness or grid.shape[0] * grid.pixel_size
-        return Weighting(thickness, doses, record.source.voltage, lowpass)
+        _, y, x = Grid.of(record, 1, LEAST_VOXELS * record.source.pixel_size).shape
+        field = (x * record.source.pixel_size, y * record.source.pixel_size)
+        highpass = DECONVOLVE_HIGHPASS if deconvolve else None
+        return Weighting(thickness, doses, record.source.voltage, lowpass, highpass, field)
 
     @property
     def corrections(self) -> list[str]:
         """What it does, in words."""
-        lowpass = [] if self.lowpass is None else [f"lowpass {self.lowpass:g}"]
-        return lowpass if self.doses is None else ["dose", *lowpass]
+        dose = [] if self.doses is None else ["dose"]
+        return dose if self.lowpass is None else [*dose, f"lowpass {self.lowpass:g}"]
 
 
 def filters(
@@ -253,6 +312,9 @@ def filters(
     count = len(geometry.matrices)
     cut = min(0.5, math.inf if weighting.lowpass is None else pixel_size / weighting.lowpass)
     edge = _radial(lambda k: cosine_edge(k, cut - NYQUIST_EDGE, NYQUIST_EDGE))
+    if weighting.highpass is not None:
+        coarse = weighting.highpass / pixel_size
+        edge = edge * _radial(lambda k: 0.5 - 0.5 * torch.cos(math.pi * (k * coarse).clamp_max(1)))
     signal, noise = torch.ones(count, len(edge)), 0.0
     if weighting.doses is not None:
         doses = weighting.doses.reshape(-1, 1)
@@ -282,6 +344,34 @@ def bin_image(image: Tensor, binning: int) -> Tensor:
     return fourier.resize(cropped, (rows, columns))
 
 
+def field_window(
+    geometry: TiltGeometry, j: int, shape: tuple[int, int], pixel_size: float, weighting: Weighting
+) -> Tensor:
+    """How much the pixels of image j count, (y, x) float32 from 0 to 1: less at its border, and beyond the field.
+
+    A point at height 0 on a side of the field is seen on a straight line in the image. Beyond it, by as much as half of
+    the thickness is seen in projection, there's nothing of the field any more, and the window falls to zero.
+    """
+    width = max(1.0, EDGE_TAPER * min(shape))
+    y, x = (torch.arange(n, dtype=torch.float64) - n // 2 for n in shape)
+    window = torch.ones(shape)
+    for axis, line in enumerate((y, x)):
+        n = shape[axis]
+        ends = cosine_edge(line.abs(), n / 2 - width, width).float()
+        window *= ends[:, None] if axis == 0 else ends
+    flat = geometry.matrices[j, :2, :2]
+    if weighting.field is None or abs(float(torch.linalg.det(flat))) < SINGULAR:
+        return window
+    inverse = torch.linalg.inv(flat)
+    qx, qy = ((line * pixel_size / geometry.magnification[j] - geometry.shift[j, i]) for i, line in ((0, x), (1, y)))
+    for row, side in zip(inverse, weighting.field, strict=True):
+        length = float(row.norm())  # specimen Å per Å across the line in the image
+        depth = abs(float(row @ geometry.matrices[j, :2, 2])) / length * weighting.thickness / 2
+        beyond = ((row[0] * qx + row[1] * qy[:, None]).abs() - side / 2) / length
+        window *= cosine_edge(beyond, depth, width * pixel_size).float()
+    return window
+
+
 def prepare_images(
     load: Callable[[int], NDArray[Any]],
     geometry: TiltGeometry,
@@ -289,14 +379,16 @@ def prepare_images(
     pixel_size: float,
     weighting: Weighting,
     out: NDArray[Any],
+    clean: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Iterator[int]:
-    """Bin, normalise and filter the images, one after the other.
+    """Bin, clean, normalise, taper and filter the images, one after the other.
 
     Args:
         load: gives image j (rows, columns), of any real type, for j in 0 ... T-1.
         geometry: of the same T images.
         pixel_size: Å, after binning.
         out: (T, *binned_shape) float32 or float16; filled with images of mean 0.
+        clean: what else is done to image j, binned: (y, x) to (y, x). None: nothing.
 
     Yields:
         The number of each image that is done.
@@ -310,8 +402,10 @@ def prepare_images(
         image = bin_image(torch.from_numpy(np.array(load(j), dtype=np.float32)), binning)
         if not bool(torch.isfinite(image).all()):
             raise InputError(f"image {j + 1} of the tilt series holds values that are not finite", None, "exclude it")
-        image = taper_edges(normalise(image), round(EDGE_TAPER * min(rows, columns)))
-        image = fourier.centre_pad(image - image.mean(), padded)
+        if clean is not None:
+            image = clean(j, image)
+        window = field_window(geometry, j, (rows, columns), pixel_size, weighting)
+        image = fourier.centre_pad(window * normalise(image, mask=window), padded)
         spectrum = torch.fft.rfftn(image) * gain
         out[j] = fourier.centre_crop(torch.fft.irfftn(spectrum, s=padded), (rows, columns)).numpy()
         yield j
@@ -323,9 +417,12 @@ class CtfCorrection:
     """How, and by what, the images of a tile are corrected.
 
     Attributes:
-        mode: phaseflip, multiply or wiener.
+        mode: phaseflip, multiply, wiener or deconvolve.
         defocus_u, defocus_v: (T,) Å at the specimen's origin; angle, phase_shift: (T,) degrees.
         handedness: sign of the height in the defocus (convention 13).
+        strength, falloff: of deconvolve, a Wiener filter for a signal-to-noise ratio of
+            10^(3 strength) · exp(-200 Å · falloff · k): that of Tegunov's deconvolution of tomograms, here at the defocus of
+            each tile in each tilt.
     """
 
     mode: str
@@ -335,9 +432,11 @@ class CtfCorrection:
     phase_shift: Tensor
     handedness: int
     optics: Optics
+    strength: float = 1.0
+    falloff: float = 1.0
 
     @staticmethod
-    def of(record: TiltSeriesRecord, mode: str) -> CtfCorrection | None:
+    def of(record: TiltSeriesRecord, mode: str, strength: float = 1.0, falloff: float = 1.0) -> CtfCorrection | None:
         """The correction of all tilts of a record; None for mode none.
 
         Raises:
@@ -348,7 +447,7 @@ class CtfCorrection:
         c, source = need(record, "ctf"), record.source
         u, v, angle, phase = (torch.tensor(x) for x in (c.defocus_u, c.defocus_v, c.angle, c.phase_shift))
         optics = Optics(source.voltage, source.cs, source.amplitude_contrast)
-        return CtfCorrection(mode, u, v, angle, phase, c.defocus_handedness, optics)
+        return CtfCorrection(mode, u, v, angle, phase, c.defocus_handedness, optics, strength, falloff)
 
     def select(self, tilts: Sequence[int]) -> CtfCorrection:
         """These tilts only."""
@@ -368,7 +467,19 @@ class CtfCorrection:
         c = ctf(kx, ky, u, v, column(self.angle), column(self.phase_shift), self.optics)
         if self.mode == "phaseflip":
             return torch.where(c < 0, -1.0, 1.0)
-        return c if self.mode == "multiply" else c / (c**2 + CTF_NOISE)
+        if self.mode == "multiply":
+            return c
+        if self.mode == "wiener":
+            return c / (c**2 + CTF_NOISE)
+        k = (kx**2 + ky**2).sqrt()
+        return c / (c**2 + torch.exp(SNR_DECAY * self.falloff * k) * 10 ** (-3 * self.strength))
+
+    @property
+    def words(self) -> str:
+        """What it does, for the record."""
+        if self.mode == "deconvolve":
+            return f"deconvolve {self.strength:g}, falloff {self.falloff:g}"
+        return f"ctf {self.mode}"
 
 
 # ---------------------------------------------------------------------------------------------------------- the tiles
@@ -383,29 +494,25 @@ class _Worker:
         correction: CtfCorrection | None,
         tiling: Tiling,
         device: torch.device,
+        stretch: float,
     ) -> None:
         self.images, self.geometry, self.grid, self.correction = images, geometry, grid, correction
         self.tiling, self.device = tiling, device
-        self.band = Band.of(tiling.box, device=device)
+        self.band = Band.of(tiling.box, tiling.box / 2 / stretch, device=device)
         self.columns = (self.band.ky % tiling.box) * (tiling.box // 2 + 1) + self.band.kx
         self.project = Backprojection(tiling.box, tiling.keep, device)
         self.patches = np.empty((len(images), tiling.box, tiling.box), np.float32)
-        self.matrices = geometry.matrices.to(device)
-        self.magnification = None if bool((geometry.magnification == 1).all()) else geometry.magnification.to(device)
 
     def __call__(self, index: tuple[int, int, int]) -> Tensor:
         """The tile's voxels (those of `Tiling.span`), times its blending window."""
         spans = [self.tiling.span(axis, i) for axis, i in enumerate(index)]
-        # the voxel on which the cube is centred; what is kept of it may be wider than a tile at the border needs
-        middle = [low + (high - low) // 2 for low, high in spans]
-        world = [(m - n // 2) * self.grid.pixel_size for m, n in zip(middle, self.grid.shape, strict=True)]
-        point = torch.tensor(world[::-1], dtype=torch.float64) + torch.tensor(self.grid.centre, dtype=torch.float64)
+        middle, point = self.tiling.centre(index), self.tiling.point(index, self.grid)
         positions, heights = self.geometry.project(point[None])
         spectra = self._patches(positions[0] / self.grid.pixel_size)
         values = spectra.reshape(len(spectra), -1)[:, self.columns]
         if self.correction is not None:
             values *= self.correction.factors(heights[0].to(self.device), self.band, self.grid.pixel_size)
-        volume = self.project(values, self.matrices, self.band, self.magnification).cpu()
+        volume = self.project(values, self.geometry.around(point).to(self.device), self.band).cpu()
         for axis, (i, m, (low, high)) in enumerate(zip(index, middle, spans, strict=True)):
             volume = volume.narrow(axis, self.tiling.keep[axis] // 2 - (m - low), high - low)
             shape = [-1 if a == axis else 1 for a in range(3)]
@@ -435,12 +542,52 @@ class _Worker:
         return spectra
 
 
-def cost(grid: Grid, tilts: int, threads: int, memory: float = math.inf) -> tuple[float, float]:
-    """Estimates of the seconds and bytes that `reconstruct` takes; the images' own bytes aren't counted."""
-    tiling = Tiling.of(grid.shape, tilts, memory / (2 * threads))
-    slab = grid.shape[0] * (tiling.keep[1] + tiling.overlap) * grid.shape[2] * 8
-    workers = threads * (BYTES_PER_VOXEL * tiling.box**3 + 24 * tilts * tiling.box**2)
-    return len(tiling) * tiling.seconds(tilts) / threads, workers + slab
+def working_memory(memory: float) -> float:
+    """Of the bytes that a process may take, those that are left for images and tiles."""
+    return max(memory - LIBRARIES, memory / 4)
+
+
+def image_format(shape: tuple[int, int, int], memory: float) -> tuple[type[np.floating[Any]], float]:
+    """In which precision the filtered images (T, y, x) are kept, and the bytes that they take of `working_memory`.
+
+    Single in up to half of the memory, else half, else they belong in a file: 0 bytes.
+    """
+    single = math.prod(shape) * 4.0
+    if single <= memory / 2:
+        return np.float32, single
+    return np.float16, single / 2 if single <= memory else 0.0
+
+
+def _workers(grid: Grid, tilts: int, threads: int, memory: float) -> tuple[Tiling, int]:
+    """The tiling, and how many of the threads can work at a time, that take least time within `memory` bytes."""
+    best = Tiling.of(grid.shape, tilts, memory), 1
+    for count in range(2, threads + 1):
+        try:
+            tiling = Tiling.of(grid.shape, tilts, memory, count)
+        except InputError:
+            break
+        if len(tiling) * tiling.seconds(tilts) / count < len(best[0]) * best[0].seconds(tilts) / best[1]:
+            best = tiling, count
+    return best
+
+
+def cost(
+    grid: Grid, source: tuple[int, int, int], tilts: int, binning: int, threads: int, memory: float
+) -> tuple[float, float]:
+    """Estimates of the seconds and bytes that a tomogram takes, all in all.
+
+    Args:
+        source: tilts, rows, columns of the raw stack; tilts: how many of its images are used.
+        memory: bytes to stay within.
+
+    Raises:
+        InputError: there is no way to.
+    """
+    spare = working_memory(memory)
+    _, images = image_format((tilts, *binned_shape(source, binning)), spare)
+    tiling, count = _workers(grid, tilts, threads, spare - images)
+    work = max(tiling.bytes(tilts, count), BYTES_PER_RAW_PIXEL * source[1] * source[2])
+    return len(tiling) * tiling.seconds(tilts) / count, LIBRARIES + images + work
 
 
 def reconstruct(
@@ -453,7 +600,7 @@ def reconstruct(
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Back-project filtered images into a volume, which comes as slabs of rows.
 
-    Works in as many threads as torch has; the result doesn't depend on their number.
+    Works in as many threads as torch has and `memory` allows; while it is ample, the result doesn't depend on their number.
 
     Args:
         images: (T, y, x) of `prepare_images`, at the grid's pixel size, origin at n//2.
@@ -462,12 +609,15 @@ def reconstruct(
 
     Yields:
         (y0, slab): rows y0, y0 + 1, ... of the volume as (z, y, x) float32, in order and without gaps.
+
+    Raises:
+        InputError: so little memory isn't enough.
     """
     device = torch.device(device)
-    threads = 1 if device.type != "cpu" else torch.get_num_threads()
-    tiling = Tiling.of(grid.shape, len(images), memory / (2 * threads))
-    free = [_Worker(images, geometry, grid, correction, tiling, device) for _ in range(threads)]
+    tiling, threads = _workers(grid, len(images), 1 if device.type != "cpu" else torch.get_num_threads(), memory)
     counts = [len(e) - 1 for e in tiling.edges]
+    stretch = _stretch(geometry, tiling, grid)
+    free = [_Worker(images, geometry, grid, correction, tiling, device, stretch) for _ in range(threads)]
 
     def work(index: tuple[int, int, int]) -> Tensor:
         worker = free.pop()
@@ -490,6 +640,16 @@ def reconstruct(
             done = high if row + 1 == counts[1] else tiling.span(1, row + 1)[0]
             kept = slab[:, done - low :].clone()
             yield low, slab[:, : done - low].numpy()
+
+
+def _stretch(geometry: TiltGeometry, tiling: Tiling, grid: Grid) -> float:
+    """The largest local scale, 1 or more: the images' coefficients beyond its inverse have no place in a tile's cube."""
+    largest = float(geometry.magnification.max())
+    if geometry.deformation is not None:
+        for z, y, x in product(*(range(len(e) - 1) for e in tiling.edges)):
+            local = geometry.around(tiling.point((z, y, x), grid))[:, :2]
+            largest = max(largest, float(torch.linalg.matrix_norm(local, ord=2).max()))
+    return max(1.0, largest)
 
 
 def _in_order(

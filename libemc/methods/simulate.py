@@ -43,13 +43,15 @@ GOLD_POTENTIAL = 25.0  # V above ice
 GOLD_ABSORPTION = 200.0  # Å of gold that let 1/e of the electrons pass the aperture
 BEAM_BLOCKED = 0.01  # of the intensity is left in a dark image
 STAGE_JUMP = 0.35  # of the field by which the stage moves in a jumped image
-BAD_KINDS = ("dark", "blank", "jump")
+BAD_KINDS = ("dark", "blank", "jump", "duplicate")
 ORDERS = ("dose-symmetric", "bidirectional", "continuous")
 ROOM = 1.3  # of a box over the diameter of the particle in it
 BOX_SHARE = 0.75  # of a map's box that its particle is taken to fill
 SECONDS_PER_PIXEL, SECONDS_PER_PATCH_PIXEL = 3e-7, 1.1e-7  # measured on one core of a small server
 SLICE_PADDING = 1.5  # of the particle's box; what the CTF needs around it counts as padding too
-PLACING_TRIES = 2000  # random places tried for each particle before the field counts as full
+PROBES = 100  # points of the slab whose way through the images is part of the truth
+PROBED = 0.8  # of its sides within which they lie
+FIRST_TRIES, PLACING_TRIES = 16, 2000  # random places tried for each particle before the field counts as full
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Acquisition:
         dose: e/Å² of each tilt.
         axis, xtilt: degrees; axis_error, tilt_error: their spread from tilt to tilt, degrees rms.
         drift: Å rms (x and y each) by which the stage wanders between exposures; jitter: Å rms that doesn't add up.
-        bad: (index in the stack, one of `BAD_KINDS`).
+        bad: (index in the stack, one of `BAD_KINDS`); a duplicate shows what was taken just before it once more.
+        magnification: rms by which it changes, smoothly with the tilt and the time.
     """
 
     tilts: tuple[float, ...]
@@ -74,6 +77,7 @@ class Acquisition:
     drift: float = 15.0
     jitter: float = 0.0
     bad: tuple[tuple[int, str], ...] = ()
+    magnification: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,9 @@ class Specimen:
         thickness: of the slab; slab_tilt: its normal is Ry(first)·Rx(second)·z, degrees.
         beads: how many of gold, on both surfaces; bead_radius.
         motion: rms per axis by which a particle moves from one exposure to the next, in 3-D;
-            motion_range: distance over which neighbours move together, 0: each alone.
+            motion_range: distance over which neighbours, beads too, move together, 0: each particle alone.
         ice: strength of the ice's own structure: 1 as in nature, 0 none.
+        margin: by which particles and beads lie beyond the field on all sides; a tilted image shows more than the field.
     """
 
     particles: int = 50
@@ -121,17 +126,20 @@ class Specimen:
     motion: float = 0.5
     motion_range: float = 0.0
     ice: float = 1.0
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Every number of a simulation. Positions in Å from the origin; T tilts, P particles, B beads.
+    """Every number of a simulation. Positions in Å from the origin; T tilts, P particles, B beads, K probes.
 
     Attributes:
         shape: (y, x) pixels of the images that are written; pixel_size of these.
         oversampling: the detector's pixels are this much smaller, and binned by cropping in Fourier space.
-        tilt, axis: (T,) true angles; shift: (T, 2); defocus: (T,).
-        positions: (P, 3); rotations: (P, 3, 3); classes: (P,); motion: (P, T, 3); beads: (B, 3).
+        tilt, axis: (T,) true angles; shift: (T, 2); magnification, defocus: (T,).
+        positions: (P, 3); rotations: (P, 3, 3); classes: (P,); motion: (P, T, 3).
+        beads: (B, 3); bead_motion: (B, T, 3).
+        probes: (K, 3) random points of the slab within the field, by which an alignment can be judged; probe_motion: (K, T, 3).
     """
 
     acquisition: Acquisition
@@ -144,26 +152,34 @@ class Scene:
     tilt: Array
     axis: Array
     shift: Array
+    magnification: Array
     defocus: Array
     positions: Array
     rotations: Array
     classes: NDArray[np.int64]
     motion: Array
     beads: Array
+    bead_motion: Array
+    probes: Array
+    probe_motion: Array
 
     @property
     def tilt_matrices(self) -> Array:
         """(T, 3, 3) specimen to image."""
         return tilt_matrices(torch.from_numpy(self.axis), torch.from_numpy(self.tilt), self.acquisition.xtilt).numpy()
 
-    def seen(self, j: int) -> Array:
-        """(P, 3): where tilt j sees the particles after their motion, Å from the image centre, and their heights q_z."""
-        return _seen(self.positions + self.motion[:, j], self.tilt_matrices[j], self.shift[j])
+    def seen(self, j: int, points: Array | None = None) -> Array:
+        """Where tilt j sees points (N, 3), or the particles after their motion: (N, 3), Å from the image centre, and q_z."""
+        q = (self.positions + self.motion[:, j] if points is None else points) @ self.tilt_matrices[j].T
+        q[:, :2] = self.magnification[j] * (q[:, :2] + self.shift[j])
+        return q
 
     def truth(self) -> dict[str, Any]:
         """All of it under the names of the truth files: `astig` is U - V, `pos2d_px` counts from the first pixel."""
         a, i, s = self.acquisition, self.imaging, self.specimen
-        seen = np.stack([self.seen(j) for j in range(len(a.tilts))], axis=1)
+        tilts = range(len(a.tilts))
+        seen = np.stack([self.seen(j) for j in tilts], axis=1)
+        probes = np.stack([self.seen(j, self.probes + self.probe_motion[:, j]) for j in tilts], axis=1)
         centre = np.array([self.shape[1] // 2, self.shape[0] // 2])
         return {
             "apix": float(self.pixel_size),
@@ -173,6 +189,7 @@ class Scene:
             "axis": self.axis,
             "xtilt": a.xtilt,
             "shift_A": self.shift,
+            "magnification": self.magnification,
             "defocus": self.defocus,
             "astig": i.astigmatism,
             "astig_ang": i.angle,
@@ -184,6 +201,9 @@ class Scene:
             "cls": self.classes,
             "beads_A": self.beads,
             "bead_r": s.bead_radius,
+            "bead_motion_A": self.bead_motion,
+            "probe_A": self.probes,
+            "probe2d_px": probes[..., :2] / self.pixel_size + centre,
             "pos2d_px": seen[..., :2] / self.pixel_size + centre,
             "particle_defocus": self.defocus + i.handedness * seen[..., 2],
             "motion_A": self.motion,
@@ -256,13 +276,6 @@ def _slab(specimen: Specimen) -> Array:
     return tilt_matrices(0.0, about_y, about_x).numpy()
 
 
-def _seen(points: Array, tilt: Array, shift: Array) -> Array:
-    """(N, 3) points -> (N, 3) image position with the shift, and height (convention 5)."""
-    q = points @ tilt.T
-    q[:, :2] += shift
-    return q
-
-
 def _place(count: int, half: Array, apart: float, clear: list[tuple[Array, float]], rng: np.random.Generator) -> Array:
     """Random points in a box, each at least `apart` from each other.
 
@@ -279,12 +292,15 @@ def _place(count: int, half: Array, apart: float, clear: list[tuple[Array, float
     """
     found = np.zeros((0, 3))
     for _ in range(count):
-        trial = rng.uniform(-1, 1, (PLACING_TRIES, 3)) * half
-        near = np.zeros(len(trial), dtype=bool)
-        for points, distance in [(found, apart), *clear]:
-            for point in points:
-                near |= ((trial - point) ** 2).sum(axis=1) < distance**2
-        if near.all():
+        tries = rng.uniform(-1, 1, (PLACING_TRIES, 3)) * half
+        for trial in (tries[:FIRST_TRIES], tries):  # most fit soon
+            near = np.zeros(len(trial), dtype=bool)
+            for points, distance in [(found, apart), *clear]:
+                for chunk in np.array_split(points, len(points) // 256 + 1):
+                    near |= (((trial[:, None] - chunk) ** 2).sum(axis=2) < distance**2).any(axis=1)
+            if not near.all():
+                break
+        else:
             size = " x ".join(f"{2 * h:.0f}" for h in half)
             raise InputError(
                 f"there is no room for {count} in {size} Å with {apart:.0f} Å between them",
@@ -306,14 +322,40 @@ def _place_beads(specimen: Specimen, half: Array, particles: Array, rng: np.rand
     return found
 
 
-def _walks(specimen: Specimen, acquisition: Acquisition, positions: Array, rng: np.random.Generator) -> Array:
-    """Random walks of the particles along the exposure, (P, T, 3) Å, in the order of the stack; the first step is taken."""
-    steps = rng.normal(0, specimen.motion, (len(acquisition.tilts), len(positions), 3))
-    if specimen.motion_range > 0:
-        d2 = ((positions[:, None] - positions[None]) ** 2).sum(axis=2)
-        covariance = np.exp(-d2 / (2 * specimen.motion_range**2)) + 1e-9 * np.eye(len(positions))
-        steps = np.einsum("pq,tqd->tpd", np.linalg.cholesky(covariance), steps)
-    return np.asarray(np.cumsum(steps, axis=0)[list(acquisition.taken)].transpose(1, 0, 2))
+def _walks(
+    specimen: Specimen, acquisition: Acquisition, positions: Array, common: Array, rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """Random walks along the exposure, in Å and in the order of the stack; the first step is taken.
+
+    Args:
+        positions: (P, 3) of particles.
+        common: (N, 3) of all else: without a `motion_range` it stands still.
+
+    Returns:
+        (P, T, 3) and (N, T, 3). Where neighbours move together, what all of `common` moves by is the stage's, and left out.
+    """
+    count = len(positions)
+    if specimen.motion_range <= 0:
+        steps = rng.normal(0, specimen.motion, (len(acquisition.tilts), count, 3))
+        steps = np.concatenate([steps, np.zeros((len(steps), len(common), 3))], axis=1)
+    else:
+        every = np.concatenate([positions, common])
+        d2 = ((every[:, None] - every[None]) ** 2).sum(axis=2)
+        covariance = np.exp(-d2 / (2 * specimen.motion_range**2)) + 1e-9 * np.eye(len(every))
+        steps = rng.normal(0, specimen.motion, (len(acquisition.tilts), len(every), 3))
+        steps = np.einsum("pq,tqd->tpd", np.linalg.cholesky(covariance), steps, optimize=True)
+        steps -= steps[:, count:].mean(axis=1, keepdims=True)
+    walk = np.cumsum(steps, axis=0)[list(acquisition.taken)].transpose(1, 0, 2)
+    return walk[:count], walk[count:]
+
+
+def _magnification(acquisition: Acquisition, rng: np.random.Generator) -> Array:
+    """(T,): 1 and a smooth function of tilt and time of the rms asked for, random up to the second power of the tilt."""
+    tilt, time = np.array(acquisition.tilts) / 60, np.array(acquisition.taken) / max(len(acquisition.tilts) - 1, 1)
+    change = rng.normal(size=3) @ np.stack([tilt, tilt**2, time])
+    change -= change.mean()
+    spread = math.sqrt(float((change**2).mean()))
+    return np.asarray(1 + acquisition.magnification * change / (spread or 1.0))
 
 
 def lay_out(
@@ -345,7 +387,7 @@ def lay_out(
             )
     if len(specimen.fractions) == 0 or min(specimen.fractions) < 0 or sum(specimen.fractions) <= 0:
         raise InputError("the fractions of the classes must be positive", remedy="give one for each map")
-    streams = [np.random.default_rng([seed, k]) for k in range(6)]
+    streams = [np.random.default_rng([seed, k]) for k in range(8)]
     steps = streams[0].normal(0, acquisition.drift, (tilts, 2))
     steps[0] = 0
     shift = np.cumsum(steps, axis=0)[list(acquisition.taken)] + streams[0].normal(0, acquisition.jitter, (tilts, 2))
@@ -354,9 +396,11 @@ def lay_out(
         if kind == "jump":
             angle = streams[0].uniform(0, 2 * math.pi)
             shift[index] += STAGE_JUMP * field_size.min() * np.array([math.cos(angle), math.sin(angle)])
-    half = np.array([*(field_size / 2), max(specimen.thickness - specimen.spacing, 0.0) / 2])
+    half = np.array([*(field_size / 2 + specimen.margin), max(specimen.thickness - specimen.spacing, 0.0) / 2])
     inside = _place(specimen.particles, half, specimen.spacing, [], streams[1])
     beads = _place_beads(specimen, half, inside, streams[2])
+    probes = streams[6].uniform(-PROBED / 2, PROBED / 2, (PROBES, 3)) * np.array([*field_size, specimen.thickness])
+    motion, common = _walks(specimen, acquisition, inside, np.concatenate([beads, probes]), streams[5])
     slab = _slab(specimen)
     share = np.cumsum(specimen.fractions) / sum(specimen.fractions)
     classes = np.searchsorted(share, (np.arange(specimen.particles) + 0.5) / max(specimen.particles, 1), side="right")
@@ -371,12 +415,16 @@ def lay_out(
         tilt=np.array(acquisition.tilts) + streams[3].normal(0, acquisition.tilt_error, tilts),
         axis=acquisition.axis + streams[3].normal(0, acquisition.axis_error, tilts),
         shift=shift,
+        magnification=_magnification(acquisition, streams[7]),
         defocus=imaging.defocus + streams[3].normal(0, imaging.defocus_jitter, tilts),
         positions=inside @ slab.T,
         rotations=matrix_from_quaternion(torch.from_numpy(streams[4].normal(size=(specimen.particles, 4)))).numpy(),
         classes=streams[4].permutation(classes).astype(np.int64),
-        motion=_walks(specimen, acquisition, inside, streams[5]),
+        motion=motion,
         beads=beads @ slab.T,
+        bead_motion=common[: len(beads)],
+        probes=probes @ slab.T,
+        probe_motion=common[len(beads) :],
     )
 
 
@@ -540,7 +588,7 @@ class _Camera:
         if len(self.scene.beads) == 0:
             return out
         radius = self.specimen.bead_radius
-        seen = _seen(self.scene.beads, self.tilts[j], self.scene.shift[j])
+        seen = self.scene.seen(j, self.scene.beads + self.scene.bead_motion[:, j])
         box = fourier.good_size(math.ceil(2 * (radius + self.reach) / self.pixel) + 2)
         line = torch.fft.fftfreq(box, self.pixel)
         for position, corner, rest in zip(seen, *self._corner(seen[:, :2], box), strict=True):
@@ -594,7 +642,10 @@ def tilt_images(scene: Scene, maps: Sequence[Tensor], noise: bool = True) -> Ite
     if len(maps) != len(scene.specimen.fractions):
         raise ValueError(f"{len(maps)} maps for {len(scene.specimen.fractions)} classes")
     camera = _Camera(scene, maps)
+    taken = scene.acquisition.taken
     for j in range(len(scene.acquisition.tilts)):
+        if dict(scene.acquisition.bad).get(j) == "duplicate":
+            j = taken.index(taken[j] - 1 if taken[j] else 1)
         rng = np.random.default_rng([scene.seed, 100, j])
         image = camera.expected(j, rng)
         if noise:

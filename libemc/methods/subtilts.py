@@ -16,10 +16,14 @@ from libemc.numerics import ctf as ctf_model
 from libemc.numerics import dose as dose_model
 from libemc.numerics import slices
 from libemc.numerics.rotations import euler_from_matrix, matrix_from_euler, tilt_matrices
-from libemc.records import Alignment, Ctf, Particle, ParticleFile, ParticleTilts, TiltSeriesRecord
+from libemc.numerics.splines import field_basis
+from libemc.records import Alignment, Ctf, Deformation, Particle, ParticleFile, ParticleTilts, TiltSeriesRecord
 
 LEAST_NOISE = 1e-4
 """Noise power, over the median of all rings and tilts, below which a ring is taken as empty instead of noiseless."""
+
+SLOPE_STEP = 1.0
+"""Å on each side of a point over which the slope of a deformation field is measured."""
 
 Stack = Any
 """Anything indexed like an array [image, y, x]: a memory map most of the time."""
@@ -43,6 +47,33 @@ def _column(values: Sequence[float] | None, count: int, default: float) -> Tenso
 
 
 @dataclass(frozen=True)
+class Field:
+    """A smooth displacement of the image plane in each tilt (convention 6): what a record's `Deformation` says.
+
+    Attributes:
+        nodes: (T, rows * columns, 2) Å along x and y, x fastest, float64.
+        extent: Å along x and y that the nodes span, around the image centre.
+        rows, columns: nodes along y and x.
+    """
+
+    nodes: Tensor
+    extent: tuple[float, float]
+    rows: int
+    columns: int
+
+    @staticmethod
+    def of(deformation: Deformation) -> Field:
+        """From a record's section."""
+        nodes = torch.tensor([deformation.dx, deformation.dy], dtype=torch.float64).permute(1, 2, 0)
+        return Field(nodes.contiguous(), deformation.field, deformation.rows, deformation.columns)
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """Displacements (..., T, 2), Å, at image positions (..., T, 2), Å from the image centre."""
+        basis = field_basis(positions, self.extent, self.rows, self.columns)
+        return torch.einsum("...tk,tki->...ti", basis, self.nodes)
+
+
+@dataclass(frozen=True)
 class TiltGeometry:
     """Where a specimen point is seen in each tilt (conventions 5 to 7), float64.
 
@@ -51,12 +82,14 @@ class TiltGeometry:
         shift: (T, 2) Å from the image centre.
         magnification: (T,) scale about the image centre.
         use: (T,) bool.
+        deformation: added to the image position after the magnification; None for none.
     """
 
     matrices: Tensor
     shift: Tensor
     magnification: Tensor
     use: Tensor
+    deformation: Field | None = None
 
     @staticmethod
     def of(alignment: Alignment, use: Sequence[bool]) -> TiltGeometry:
@@ -65,12 +98,39 @@ class TiltGeometry:
         angles = (torch.tensor(v, dtype=torch.float64) for v in (alignment.axis, alignment.tilt, alignment.xtilt))
         shift = torch.tensor([alignment.shift_x, alignment.shift_y], dtype=torch.float64).T
         magnification = _column(alignment.magnification, count, 1.0)
-        return TiltGeometry(tilt_matrices(*angles), shift.contiguous(), magnification, torch.tensor(use))
+        deformation = None if alignment.deformation is None else Field.of(alignment.deformation)
+        return TiltGeometry(tilt_matrices(*angles), shift.contiguous(), magnification, torch.tensor(use), deformation)
+
+    def select(self, tilts: Sequence[int] | Tensor) -> TiltGeometry:
+        """The geometry of some tilts only, by number or by a mask (T,) bool."""
+        index = torch.as_tensor(tilts)
+        field = None if self.deformation is None else replace(self.deformation, nodes=self.deformation.nodes[index])
+        return TiltGeometry(self.matrices[index], self.shift[index], self.magnification[index], self.use[index], field)
 
     def project(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Image positions (N, T, 2), Å from the image centre, and heights q_z (N, T), Å, of points (N, 3), Å."""
         q = torch.einsum("tij,nj->nti", self.matrices, points.double())
-        return self.magnification[:, None] * (q[..., :2] + self.shift), q[..., 2]
+        positions = self.magnification[:, None] * (q[..., :2] + self.shift)
+        if self.deformation is not None:
+            positions = positions + self.deformation(positions)
+        return positions, q[..., 2]
+
+    def around(self, point: Tensor) -> Tensor:
+        """How image positions change with the place of a specimen point near `point` (3,), Å.
+
+        Returns:
+            (T, 3, 3): rows 0 and 1 are the derivatives of the image position, magnification and the field's slope
+            included; row 2 is that of `matrices`.
+        """
+        local = self.matrices.clone()
+        local[:, :2] *= self.magnification[:, None, None]
+        if self.deformation is not None:
+            undeformed = replace(self, deformation=None).project(point[None])[0][0]
+            steps = SLOPE_STEP * torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
+            d = self.deformation(undeformed + steps[:, None])
+            slope = torch.stack([d[0] - d[1], d[2] - d[3]], dim=2) / (2 * SLOPE_STEP)
+            local[:, :2] += slope @ local[:, :2]
+        return local
 
 
 def particle_tilts(record: TiltSeriesRecord, alignment: Alignment, ctf: Ctf | None) -> ParticleTilts:

@@ -11,7 +11,7 @@ with a continuous first derivative, so that gradients by rotation exist everywhe
 The volume is *half and haloed*: index [z + h, y + h, x + HALO] for integer coordinates -h <= z, y <= h and
 -HALO <= x <= h + 1, so that no tap wraps. Points are given as one list k (3, K) and a matrix for each image, already
 multiplied by the padding factor: p = kᵀ·matrix, with k_z = 0 for slices. A point with x < 0 is read and written at its
-Friedel mate.
+Friedel mate. A point whose taps the volume doesn't hold (a magnification may move it out) reads zero, and adds nothing.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def _tap_slope(t, c):  # type: ignore[no-untyped-def]  # pragma: no cover - comp
 
 @_jit
 def _locate(volume, channels, half, points, rows, first, last, base, frac):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """First tap (voxel index) and fractions of the points first:last, at their Friedel mates where x < 0; fetches the taps."""
+    """First tap (voxel index), fractions and mate sign of the points first:last; fetches the taps. Sign 0: not within."""
     row = half + 4
     plane = row * (2 * half + 1)
     one = rows.dtype.type(1)
@@ -239,6 +239,10 @@ def _locate(volume, channels, half, points, rows, first, last, base, frac):  # t
         pz = (kx * rows[0, 2] + ky * rows[1, 2] + kz * rows[2, 2]) * sign
         fx, fy, fz = np.floor(px + centre), np.floor(py + centre), np.floor(pz + centre)
         j = k - first
+        if not (fx < half and abs(fy) < half and abs(fz) < half):
+            frac[3, j] = 0
+            base[j] = 0
+            continue
         frac[0, j] = px - fx
         frac[1, j] = py - fy
         frac[2, j] = pz - fz
@@ -263,6 +267,9 @@ def _gather(volume, half, points, rows, c, out):  # type: ignore[no-untyped-def]
                 last = min(count, first + BLOCK)
                 _locate(volume, 2, half, points, rows[b], first, last, base, frac)
                 for j in range(last - first):
+                    if frac[3, j] == 0:
+                        out[b, 2 * (first + j) : 2 * (first + j) + 2] = 0
+                        continue
                     tx, ty, tz = frac[0, j], frac[1, j], frac[2, j]
                     y = (_tap(ty + one, c), _tap(ty, c), _tap(ty - one, c))
                     z = (_tap(tz + one, c), _tap(tz, c), _tap(tz - one, c))
@@ -288,6 +295,9 @@ def _gather_slope(volume, half, points, rows, c, out):  # type: ignore[no-untype
                 last = min(count, first + BLOCK)
                 _locate(volume, 2, half, points, rows[b], first, last, base, frac)
                 for j in range(last - first):
+                    if frac[3, j] == 0:
+                        out[b, 8 * (first + j) : 8 * (first + j) + 8] = 0
+                        continue
                     tx, ty, tz, sign = frac[0, j], frac[1, j], frac[2, j], frac[3, j]
                     y = (_tap(ty + one, c), _tap(ty, c), _tap(ty - one, c))
                     z = (_tap(tz + one, c), _tap(tz, c), _tap(tz - one, c))
@@ -324,6 +334,8 @@ def _scatter(volume, half, points, rows, c, values, begin, end):  # type: ignore
                 last = min(end, first + BLOCK)
                 _locate(volume, 2, half, points, rows[b], first, last, base, frac)
                 for j in range(last - first):
+                    if frac[3, j] == 0:
+                        continue
                     tx, ty, tz = frac[0, j], frac[1, j], frac[2, j]
                     x = (_tap(tx + one, c), _tap(tx, c), _tap(tx - one, c))
                     y = (_tap(ty + one, c), _tap(ty, c), _tap(ty - one, c))
@@ -348,6 +360,8 @@ def _scatter_weighted(volume, half, points, rows, c, values, weights, begin, end
                 last = min(end, first + BLOCK)
                 _locate(volume, 4, half, points, rows[b], first, last, base, frac)
                 for j in range(last - first):
+                    if frac[3, j] == 0:
+                        continue
                     tx, ty, tz = frac[0, j], frac[1, j], frac[2, j]
                     x = (_tap(tx + one, c), _tap(tx, c), _tap(tx - one, c))
                     y = (_tap(ty + one, c), _tap(ty, c), _tap(ty - one, c))
@@ -366,6 +380,8 @@ def _torch_taps(
     sign = torch.where(p[..., 0] < 0, -1.0, 1.0).to(p.dtype)
     p = p * sign[..., None]
     nearest = torch.floor(p + 0.5)
+    within = (nearest.abs() < half).all(-1)
+    nearest = torch.where(within[..., None], nearest, torch.zeros((), dtype=p.dtype, device=p.device))
     t = p - nearest
     c0, c1, c2 = kernel_coefficients()
     taps, slopes = [], []
@@ -376,6 +392,8 @@ def _torch_taps(
         taps.append(q * q * poly)
         if slope:
             slopes.append(2 * s / REACH**2 * q * (q * (c1 + 2 * c2 * v) - 2 * poly))
+    taps[2] = torch.where(within, taps[2], 0.0)  # each product has a weight or a slope in z
+    slopes = [*slopes[:2], torch.where(within, slopes[2], 0.0)] if slope else []
     n = nearest.long()
     row = half + 4
     base = (n[..., 2] + half - 1) * row * (2 * half + 1) + (n[..., 1] + half - 1) * row + n[..., 0] + 1

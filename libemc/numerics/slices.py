@@ -214,7 +214,8 @@ def extract_slices(volume: FourierVolume, matrices: Tensor, band: Band, magnific
     Args:
         matrices: (B, 3, 3) M = T·R; the image at q is the integral along z of the map at Mᵀq.
         band: of the map's own box; its radius must not exceed the volume's.
-        magnification: (B,) scale of the image about its centre. The coordinates are scaled, the amplitude is left.
+        magnification: (B,) scale of the image about its centre. The coordinates are scaled, the amplitude is left; what
+            comes to lie out of the volume is zero.
 
     Returns:
         (B, K) complex, in the precision of the map. Differentiable in map, matrices and magnification.
@@ -296,6 +297,7 @@ class Accumulator:
             values: (B, K) complex: the images already multiplied by CTF, dose, phase and weight (w·CTF·image).
             weights: (B, K) real: the squared factors beside them (w·CTF²).
             matrices: (B, 3, 3) M = T·R, as for `extract_slices`.
+            magnification: (B,) scale of the image about its centre; what comes to lie out of the volume is left out.
         """
         _check_band(band, self.box, self.radius)
         dtype = self.sums.dtype

@@ -7,8 +7,10 @@ record starts at once. What a record may hold is in `models`; `python -m libemc.
 from libemc.records.models import (
     Alignment,
     Ctf,
+    Deformation,
     Fingerprint,
     HistoryEntry,
+    Landmarks,
     Optics,
     Particle,
     ParticleFile,
@@ -32,8 +34,10 @@ from libemc.records.tiltseries import find_tiltseries, load_tiltseries, need, ne
 __all__ = [
     "Alignment",
     "Ctf",
+    "Deformation",
     "Fingerprint",
     "HistoryEntry",
+    "Landmarks",
     "Optics",
     "Particle",
     "ParticleFile",

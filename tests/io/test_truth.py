@@ -29,3 +29,17 @@ def test_simulated(shared_data: Path, name: str, hand: int, bad: list[int], moti
     )  # 5 decimals
     np.testing.assert_allclose(truth.ctf.defocus_u - truth.ctf.defocus_v, data["astig"])
     np.testing.assert_allclose(truth.picks.matrices, data["poses"], atol=2e-5)  # 5 decimals are not quite a rotation
+
+
+def test_magnification_of_each_tilt(tmp_path: Path) -> None:
+    """A list per tilt, as a simulator writes it; 1 where none is said."""
+    data = {
+        "apix": 3.0, "tilt": [-3.0, 0.0, 3.0], "nominal": [-3, 0, 3], "acq": [1, 0, 2], "axis": 85.0, "dose": 3.0,
+        "shift_A": [[0.0, 0.0]] * 3, "defocus": 3e4, "defocus_handedness": -1, "poses": [np.eye(3).tolist()],
+        "pos_A": [[100.0, 0.0, 0.0]], "kv": 300, "cs": 2.7, "ac": 0.07, "thick": 900,
+    }  # fmt: skip
+    path = tmp_path / "ts_truth.json"
+    for more, want in (({}, [1.0, 1.0, 1.0]), ({"magnification": [0.99, 1.0, 1.02]}, [0.99, 1.0, 1.02])):
+        path.write_text(json.dumps(data | more))
+        truth = read_truth(path)
+        assert truth.alignment.magnification.tolist() == want

@@ -17,7 +17,7 @@ from torch import Tensor
 from libemc.errors import InputError
 from libemc.methods import evaluate, phantom
 from libemc.methods.evaluate import RigidMotion
-from libemc.methods.subtilts import TiltGeometry
+from libemc.methods.subtilts import Field, TiltGeometry
 from libemc.numerics.rotations import (
     matrix_from_rotvec,
     random_rotations,
@@ -108,6 +108,37 @@ def test_a_stretched_image_and_one_that_is_left_out() -> None:
     seen = truth.project(points())[0][:, use]
     assert error.rms == pytest.approx(0.002 * float(seen.square().sum(dim=2).mean().sqrt()), rel=0.05)
     assert math.isnan(error.tilts[7]) and int(error.tilts.isnan().sum()) == 1 and error.worst != 7
+
+
+def test_a_specimen_that_moved_within_itself() -> None:
+    """Sheared by a·x·y along x in one image: no motion explains it; the field that says so, at its nodes, does."""
+    truth, p = geometry(), points()
+    seen, bend = truth.project(p)[0], torch.zeros(len(TILTS), 9, 2, dtype=torch.float64)
+    half = torch.tensor([1500.0, 1200.0], dtype=torch.float64)
+    bent = seen.clone()
+    bent[:, 12, 0] += 16 * seen[:, 12].prod(dim=1) / half.prod()
+    bend[12, :, 0] = 16 * torch.tensor([1.0, 0, -1, 0, 0, 0, -1, 0, 1])  # x·y at the nodes; a bilinear spline of three
+    error = evaluate.alignment_error(truth, truth, p, bent)
+    # one image of 31 turns the motion by a thirtieth at the most
+    size = float((bent - seen)[:, 12].square().sum(dim=1).mean().sqrt())
+    assert size > 2 and error.worst == 12 and float(error.tilts[12]) == pytest.approx(size, rel=0.05)
+    field = Field(bend, (2 * float(half[0]), 2 * float(half[1])), 3, 3)
+    assert evaluate.alignment_error(replace(truth, deformation=field), truth, p, bent).rms < 1e-8
+
+
+def test_the_mirror_images_tilts() -> None:
+    """A single stretched tilt, seen by one who has the hand wrong, is as far off as with the right hand."""
+    truth = geometry()
+    magnification = truth.magnification.clone()
+    magnification[20] = 1.003
+    errors = [
+        evaluate.alignment_error(
+            replace(moved(truth, some_motion(10.0, hand=h)), magnification=magnification), truth, points()
+        )
+        for h in (1.0, -1.0)
+    ]
+    # the mirrored points are other points, with the same moments: exact but for rounding
+    assert torch.allclose(errors[0].tilts, errors[1].mirrored_tilts, atol=1e-3) and float(errors[0].tilts[20]) > 1.0
 
 
 def test_one_bad_tilt_does_not_turn_the_others() -> None:

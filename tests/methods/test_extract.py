@@ -8,7 +8,7 @@ import torch
 
 from libemc.methods import extract
 from libemc.methods.subtilts import TiltGeometry
-from libemc.records import Alignment, Ctf
+from libemc.records import Alignment, Ctf, Deformation
 
 
 def gaussian_image(shape: tuple[int, int], x: float, y: float, sigma: float = 2.5) -> np.ndarray:
@@ -51,6 +51,25 @@ def test_positions_and_defocus_follow_the_conventions() -> None:
     np.testing.assert_allclose(found.position[0, 0].numpy(), want, rtol=0, atol=1e-9)
     np.testing.assert_allclose(float(found.defocus[0, 0]), 20000.0 - q[2], rtol=0, atol=1e-6)
     assert bool(found.visible[0, 0])
+
+
+def test_patches_follow_the_deformation() -> None:
+    """Convention 6 for a field that is a straight line along x: the particle's patch is cut where it was moved to."""
+    section = Deformation(rows=1, columns=2, field=(400.0, 300.0), dx=((-20.0, 20.0),), dy=((6.0, 10.0),))
+    plain = Alignment(axis=[0.0], tilt=[0.0], xtilt=[0.0], shift_x=[7.0], shift_y=[0.0], magnification=[1.02])
+    bent = plain.model_copy(update={"deformation": section})
+    before = np.array([1.02 * (93.0 + 7.0), 1.02 * -40.0])
+    want = before + np.array([20.0 * before[0] / 200.0, 8.0 + 2.0 * before[0] / 200.0])
+    geometry = TiltGeometry.of(bent, [True])
+    found = extract.locate([(93.0, -40.0, 15.0)], geometry, None, (150, 200), 2.0, 20)
+    np.testing.assert_allclose(found.position[0, 0].numpy() * 2.0, want, rtol=0, atol=1e-9)
+    image = torch.from_numpy(gaussian_image((150, 200), *(want / 2.0)))
+    patch = extract.extract_tilt(image, found.position[:, 0], 24)[0]
+    assert patch.argmax() == 12 * 24 + 12
+    # the derivative of the position, field included, against finite differences
+    point = torch.tensor([93.0, -40.0, 15.0], dtype=torch.float64)
+    steps = geometry.project(point + torch.eye(3).double())[0] - geometry.project(point - torch.eye(3).double())[0]
+    np.testing.assert_allclose(geometry.around(point)[0, :2].numpy(), steps[:, 0].T.numpy() / 2, atol=1e-6)
 
 
 def test_tilts_that_do_not_see_a_particle() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from scipy.ndimage import map_coordinates
 from libemc.errors import InputError
 from libemc.methods import reconstruct as rec
 from libemc.methods.reconstruct import CtfCorrection, Grid, Tiling, Weighting
-from libemc.methods.subtilts import TiltGeometry
+from libemc.methods.subtilts import Field, TiltGeometry
 from libemc.numerics.ctf import Optics
 from libemc.numerics.peaks import highest_peak
 from libemc.numerics.rotations import tilt_matrices
@@ -93,6 +94,48 @@ def test_tiles_are_direct_back_projection(scene, box, monkeypatch):
                 np.take(inside, range(edge - 2, edge + 2), axis)
             ]
             assert np.sqrt(np.mean(seam**2)) < REPLICAS * spread
+
+
+def deformation(count, size, nodes=(3, 4), extent=(1500.0, 1600.0), seed=5):
+    """A smooth field of `size` Å rms, another one in each tilt."""
+    values = np.random.default_rng(seed).normal(0, size, (count, nodes[0] * nodes[1], 2))
+    return Field(torch.from_numpy(values), extent, *nodes)
+
+
+def test_tiles_follow_the_deformation(scene, monkeypatch):
+    """Back-projection along the deformed rays. Without the field's slope, tiles would be wrong by it times their size."""
+    monkeypatch.setattr(rec, "SMALLEST_TILE", 54)
+    monkeypatch.setattr(rec, "LARGEST_TILE", 54)
+    images, g, grid = scene
+    bent = replace(g, deformation=deformation(len(TILTS), 6.0))
+    expected, inside = direct(images, bent, grid)
+    spread = expected[inside].std()
+    assert np.sqrt(np.mean((direct(images, g, grid)[0] - expected)[inside] ** 2)) > 10 * REPLICAS * spread
+    got = volume_of(images, bent, grid)
+    # the field's curvature over a tile's 18 voxels adds to the kernel's replicas
+    assert np.sqrt(np.mean((got - expected)[inside] ** 2)) < 2 * REPLICAS * spread
+
+
+def test_deformed_images_give_a_sharp_tomogram():
+    """Points imaged with a known field: with it they come back as high as if there had been none, without it lower."""
+    pixel_size, side, tilts = 10.0, (120, 128), np.linspace(-60, 60, 31).tolist()
+    plain = geometry(tilts, axis=85.0)
+    bent = replace(plain, deformation=deformation(31, 12.0, (4, 4), (1280.0, 1200.0)))
+    rng = np.random.default_rng(2)
+    points = rng.uniform([-400, -400, -80], [400, 400, 80], (12, 3))
+    y, x = [(np.arange(n) - n // 2) * pixel_size for n in side]
+    height = {}
+    for name, seen, told in (("none", plain, plain), ("known", bent, bent), ("ignored", bent, plain)):
+        p = seen.project(torch.from_numpy(points))[0].numpy()[..., None, None]
+        images = -np.exp(-((x - p[:, :, 0]) ** 2 + (y[:, None] - p[:, :, 1].swapaxes(-1, -2)) ** 2) / 400).sum(0)
+        filtered = np.empty((31, *side), np.float32)
+        list(rec.prepare_images(lambda j, made=images: made[j], told, 1, pixel_size, Weighting(240.0), filtered))
+        volume = volume_of(filtered, told, Grid((24, 100, 100), pixel_size))
+        index = np.round(points / pixel_size).astype(int) + np.array([50, 50, 12])
+        cuts = [volume[c - 2 : c + 3, b - 2 : b + 3, a - 2 : a + 3] for a, b, c in index]
+        height[name] = -np.mean([cut.min() for cut in cuts])
+    assert height["known"] > 0.95 * height["none"]  # the rest of the field's bending within a tile
+    assert height["ignored"] < 0.8 * height["none"]
 
 
 def test_threads_and_memory_change_nothing(scene):
@@ -186,6 +229,47 @@ def test_values_that_are_not_finite():
         list(rec.prepare_images(lambda j: image, geometry([0.0]), 1, 1.0, Weighting(10.0), out))
 
 
+def test_window_of_a_tilted_image():
+    """Axis along y, 60°: the field's sides are seen at half of their distance, give or take half the thickness's sine."""
+    g = geometry([0.0, 60.0, 87.5], axis=0.0, shift=[[0.0, 0.0], [50.0, 0.0], [0.0, 0.0]])
+    weighting = Weighting(200.0, field=(2000.0, 2000.0))
+    plain, tilted, steep = (rec.field_window(g, j, (200, 200), 10.0, weighting) for j in range(3))
+    assert torch.equal(plain, rec.field_window(g, 0, (200, 200), 10.0, Weighting(200.0)))  # nothing but the border
+    assert torch.equal(plain, steep)  # hardly any field can be seen
+    edge = 0.5 * 1000 + 100 * math.sin(math.radians(60.0))
+    x = (np.arange(200) - 100) * 10.0 - 50.0
+    inside, outside = np.abs(x) < edge - 1e-6, np.abs(x) > edge + rec.EDGE_TAPER * 2000 + 1e-6
+    assert bool((tilted[100, inside] == 1).all())
+    assert bool((tilted[100, outside] == 0).all())
+    assert float(plain[100, 20]) == 1.0
+    assert float(plain[:, 0].max()) < 0.1
+
+
+def test_what_enters_at_high_tilt_leaves_no_streaks():
+    """A bar beyond the field, a hundred times as dark as the noise, is in the images from 30° on."""
+    tilts = np.linspace(-60, 60, 25)
+    g = geometry(tilts.tolist(), axis=0.0)
+    noise = smooth_noise((25, 96, 96), seed=3)
+    x = (np.arange(96) - 48) * 10.0
+    seen = g.project(torch.tensor([[900.0, 0.0, 0.0]], dtype=torch.float64))[0][0, :, 0].numpy()
+    bar = 100 / (1 + np.exp(-(x - seen[:, None] + 50) / 10))[:, None]
+    error = {}
+    clean = np.empty_like(noise)
+    list(rec.prepare_images(lambda j: noise[j], g, 1, 10.0, Weighting(200.0), clean))
+    grid = Grid((20, 96, 96), 10.0)
+    middle = (slice(None), slice(10, 86), slice(10, 86))
+    expected = volume_of(clean, g, grid)[middle]
+    for field in (None, (960.0, 960.0)):
+        out = np.empty_like(noise)
+        images = (noise - noise.std() * bar).astype(np.float32)
+        weighting = Weighting(200.0, field=field)
+        list(rec.prepare_images(lambda j, made=images: made[j], g, 1, 10.0, weighting, out))
+        volume = volume_of(out, g, grid)[middle]
+        error[field] = np.sqrt(np.mean((volume - expected) ** 2)) / expected.std()
+    assert error[None] > 0.4
+    assert error[(960.0, 960.0)] < 0.02  # the corners that the window takes from the field too
+
+
 # ------------------------------------------------------------------------------------------------------- the CTF
 def correction(mode, hand=-1):
     values = [torch.tensor([v]) for v in (31000.0, 29000.0, 25.0, 10.0)]
@@ -212,6 +296,12 @@ def test_ctf_at_a_height(hand):
     assert np.allclose(factors["wiener"], c / (c**2 + rec.CTF_NOISE), atol=1e-2)
     sure = np.abs(c) > 2e-3
     assert np.array_equal(factors["phaseflip"][sure], np.sign(c)[sure])
+    softer = replace(correction("deconvolve", hand), strength=0.7, falloff=1.2)
+    snr = 10**2.1 * np.exp(-200 * 1.2 * k)
+    expected = c / (c**2 + 1 / snr)
+    found = softer.factors(torch.tensor([height]), band, pixel_size)[0].numpy()
+    assert np.allclose(found, expected, atol=2e-2)  # the slope 1/(c² + 1/SNR) at the lowest frequencies is up to 80
+    assert softer.words == "deconvolve 0.7, falloff 1.2"
 
 
 class Lever(CtfCorrection):
@@ -250,11 +340,11 @@ def test_each_tile_has_its_own_defocus(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------- grid and tiles
 @pytest.mark.parametrize("shape", [(300, 1024, 1024), (40, 61, 200), (9, 8, 8), (120, 33, 500)])
-@pytest.mark.parametrize("memory", [math.inf, 2e7])
+@pytest.mark.parametrize("memory", [math.inf, 1e8])
 def test_tiles_fill_the_volume(shape, memory):
     tiling = Tiling.of(shape, 41, memory)
     assert all(k <= 2 * rec.PAYLOAD * tiling.box + 1 for k in tiling.keep)
-    assert memory == math.inf or rec.BYTES_PER_VOXEL * tiling.box**3 <= memory
+    assert tiling.bytes(41) <= memory
     for axis, n in enumerate(shape):
         total = torch.zeros(n)
         for i in range(len(tiling.edges[axis]) - 1):
@@ -289,6 +379,21 @@ def test_grid():
     assert part.centre == (0.0, 48.0, -120.0)  # voxel n//2 of each axis
     with pytest.raises(InputError, match="too small"):
         Grid.of(record(0.0), 64)
+    assert Grid.of(record(0.0, thickness=20.0), 4).shape[0] == 8  # thinner than a tomogram can be
+    assert Grid.of(record(0.0, thickness=600.0), 4).shape[0] == 114  # known: not cut to the half of the field
+    with pytest.raises(InputError, match="--region"):
+        Grid.of(record(0.0), 4, region=(900.0, 1100.0, 0.0, 100.0, -40.0, 40.0))
+    assert Grid.of(record(0.0), 4, region=(300.0, 600.0, 0.0, 100.0, -40.0, 40.0)).shape == (10, 12, 37)  # in part
+
+
+def test_too_little_memory_is_said():
+    with pytest.raises(InputError, match="--memory") as told:
+        Tiling.of((300, 1024, 1024), 41, 2e7)
+    assert "1024 x 1024 x 300" in str(told.value)
+    source, grid = (41, 1024, 1024), Grid((300, 1024, 1024), 12.0)
+    seconds, used = rec.cost(grid, source, 41, 1, 2, 1e9)
+    assert used < 1e9
+    assert seconds > rec.cost(grid, source, 41, 1, 2, math.inf)[0]
 
 
 def test_region_is_a_part_of_the_whole(scene):

@@ -293,8 +293,84 @@ def test_drift_and_motion_add_up_along_the_exposure() -> None:
     steps = np.diff(here.motion[:, order], axis=1)
     assert steps.std() == pytest.approx(1.5, rel=0.02)
     assert here.motion[:, order[-1]].std() == pytest.approx(1.5 * math.sqrt(101), rel=0.25)
-    together = scene(dataclasses.replace(still, motion_range=1e6), Acquisition(tilts, taken), shape=(400, 400))
-    assert together.motion.std(axis=0).max() < 0.1 < together.motion.std()  # 2400 Å are nothing against 1e6
+
+
+def test_what_moves_together_is_smooth_and_has_no_drift() -> None:
+    """Particles, beads and probes are in one field of motion; what it has in common is the stage's."""
+    tilts = simulate.tilt_angles(-50, 50, 1)
+    moved = dataclasses.replace(PLAIN, particles=60, spacing=100.0, motion=1.5, beads=20, bead_radius=20.0)
+    stage = Acquisition(tilts, simulate.order_of_tilts(tilts))
+    near = scene(dataclasses.replace(moved, motion_range=1000.0), stage, shape=(400, 400))
+    everything = np.concatenate([near.positions, near.beads, near.probes])
+    motion = np.concatenate([near.motion, near.bead_motion, near.probe_motion])
+    apart = np.linalg.norm(everything[:, None] - everything[None], axis=2)
+    difference = ((motion[:, None] - motion[None]) ** 2).sum(axis=3).mean(axis=2)
+    # a Gaussian field: neighbours' difference grows as 1 - exp(-d²/2R²), 3 axes, two walks of mean 51 steps of 1.5 Å
+    for low, high in ((100.0, 300.0), (400.0, 600.0)):
+        some = (apart > low) & (apart < high)
+        expected = 2 * 3 * 1.5**2 * 51 * (1 - np.exp(-(apart[some] ** 2) / 2e6)).mean()
+        assert difference[some].mean() == pytest.approx(expected, rel=0.35)  # the walks of a few modes are random
+    assert np.abs(np.concatenate([near.bead_motion, near.probe_motion]).mean(axis=0)).max() < 1e-9
+    rigid = scene(dataclasses.replace(moved, motion_range=1e6), stage, shape=(400, 400))
+    assert np.abs(rigid.motion).max() < 0.3  # 2400 Å are nothing against 1e6
+    alone = scene(moved, stage, shape=(400, 400))
+    assert alone.motion.std() > 5 and not alone.bead_motion.any() and not alone.probe_motion.any()
+
+
+def test_probes_are_in_the_slab_and_where_the_truth_says() -> None:
+    thick = dataclasses.replace(PLAIN, slab_tilt=(5.0, -3.0), motion_range=800.0, motion=2.0)
+    here = scene(thick, dataclasses.replace(THREE, magnification=0.003))
+    truth = here.truth()
+    inside = here.probes @ simulate._slab(thick)
+    assert (np.abs(inside) <= np.array([110 * PIXEL, 96 * PIXEL, 500.0]) * 0.4).all() and len(inside) == 100
+    for j in range(3):
+        q = (here.probes + here.probe_motion[:, j]) @ matrix(truth["axis"][j], truth["tilt"][j], 3.0).T
+        expected = truth["magnification"][j] * (q[:, :2] + truth["shift_A"][j]) / PIXEL + [55, 48]
+        assert truth["probe2d_px"][:, j] == pytest.approx(expected, abs=1e-9)
+
+
+def test_magnification_is_smooth_and_moves_the_images() -> None:
+    tilts = simulate.tilt_angles(-60, 60, 3)
+    stage = Acquisition(tilts, simulate.order_of_tilts(tilts), magnification=0.002)
+    change = scene(acquisition=stage).magnification - 1
+    assert math.sqrt((change**2).mean()) == pytest.approx(0.002) and change.mean() == pytest.approx(0, abs=1e-12)
+    design = np.stack([np.ones(41), tilts, np.square(tilts), stage.taken], axis=1)
+    assert np.linalg.lstsq(design, change, rcond=None)[1][0] < 1e-20  # four smooth functions are all there is
+    # a bead on a pixel, moved to another: its shadow is the same, and so its centre of mass moves as far to rounding
+    flat, gold = (
+        Acquisition((0.0,), (0,), drift=0.0, axis=0.0),
+        dataclasses.replace(PLAIN, particles=0, bead_radius=40.0),
+    )
+    one = dataclasses.replace(
+        scene(gold, flat, Imaging(defocus=5000.0, defocus_jitter=0.0)),
+        beads=np.array([[240.0, -120.0, 0.0]]), bead_motion=np.zeros((1, 1, 3)),
+    )  # fmt: skip
+    y, x = np.mgrid[:96, :110]
+    found = []
+    for magnification in (1.0, 1.05):
+        image = images(dataclasses.replace(one, magnification=np.array([magnification])), [torch.zeros(16, 16, 16)])[0]
+        dark = np.clip(0.8 * np.median(image) - image, 0, None)
+        found.append([(dark * c).sum() / dark.sum() for c in (x, y)])
+    assert np.subtract(*found[::-1]) * PIXEL == pytest.approx([12.0, -6.0], abs=0.01)
+
+
+def test_a_duplicate_shows_what_was_taken_before_it() -> None:
+    spoilt = dataclasses.replace(THREE, bad=((0, "duplicate"), (1, "duplicate")))
+    first, second, third = images(scene(acquisition=spoilt), noise=True)
+    plain = images(scene(), noise=True)
+    assert (third == plain[2]).all()
+    assert (first == plain[2]).all()  # taken third, after the one at 30 degrees
+    assert (second == plain[2]).all()  # the first exposure has none before it: the second
+
+
+def test_a_specimen_goes_on_beyond_the_field() -> None:
+    wide = dataclasses.replace(PLAIN, particles=40, spacing=100.0, beads=30, bead_radius=20.0, margin=400.0)
+    here = scene(wide, dataclasses.replace(THREE, xtilt=0.0))
+    for points, reach in ((here.positions, 0.0), (here.beads, 20.0)):
+        assert (np.abs(points[:, :2]) <= np.array([330, 288]) + 400 - reach).all()
+        outside = (np.abs(points[:, :2]) > [330, 288]).any(axis=1)
+        assert 0.6 < outside.mean() < 0.95  # 82 % of the area
+    assert (np.abs(here.probes[:, :2]) < [330, 288]).all()
 
 
 @pytest.mark.parametrize(
@@ -387,12 +463,16 @@ def replay(data: Path, name: str, hand: int | None = None) -> tuple[Scene, dict[
         np.array(truth["tilt"]),
         np.array(truth["axis"]),
         np.array(truth["shift_A"]),
+        np.ones(len(turn)),
         np.array(truth["defocus"]),
         position,
         np.array(truth["poses"]),
         np.array(truth["cls"]),
         motion,
         np.zeros((0, 3)),
+        np.zeros((0, len(turn), 3)),
+        np.zeros((0, 3)),
+        np.zeros((0, len(turn), 3)),
     ), truth
 
 

@@ -416,6 +416,15 @@ CASES = {
     "tomogram: not aligned": case(TOMOGRAM, drop(INFO, "alignment"), INFO, "alignment", "run emc_tomogram"),
     "tomogram: aligned already": case("emc_tomogram TS_01 --quiet", None, INFO, "aligned already", "--load"),
     "tomogram: no CTF": case(f"{TOMOGRAM} --ctf wiener", drop(INFO, "ctf"), INFO, "ctf", "run emc_tomoctf"),
+    "tomogram: deconvolution without CTF": case(
+        f"{TOMOGRAM} --deconvolve", drop(INFO, "ctf"), INFO, "ctf", "run emc_tomoctf"
+    ),
+    "tomogram: no strength": case(f"{TOMOGRAM} --deconvolve=-1", None, "--deconvolve", "-1"),
+    "tomogram: tag with a folder": case(f"{TOMOGRAM} --tag a/b", None, "--tag", "a/b"),
+    "tomogram: axis of an alignment": case(f"{TOMOGRAM} --axis 85", None, "--axis", "leave it out"),
+    "tomogram: nothing to refine": case(
+        "emc_tomogram TS_01 --refine --quiet", drop(INFO, "alignment"), INFO, "alignment", "run emc_tomogram"
+    ),
     "tomogram: no stack": case(TOMOGRAM, gone(RAW), RAW, "no such file"),
     "tomogram: cut stack": case(TOMOGRAM, cut(RAW, 40000), RAW, "cut short"),
     "tomogram: other pixels": case(TOMOGRAM, images(lambda _: None, 2.7), RAW, "2.7", "TS_01"),

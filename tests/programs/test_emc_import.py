@@ -139,6 +139,10 @@ def test_bad_images_are_marked(project: Path, capsys: pytest.CaptureFixture[str]
     assert tilts.reason == ("values that are not finite", "constant", None, None, "the same as image 3")
     assert "2/5 tilts (0 values that are not finite, 1 constant, 4 the same as image 3)" in capsys.readouterr().out
     assert tilts.dose == (1.0,) * 5  # the specimen had them all the same
+    # without an order of exposure there is no telling which of two copies is at its angle
+    assert ran("TS_01.mrc", "--overwrite") == 0
+    assert record().tilts.use == (False, False, True, False, False)
+    assert record().tilts.reason[3:] == ("the same as image 4", "the same as image 3")
 
 
 @pytest.mark.filterwarnings("ignore:Data array contains NaN")

@@ -92,6 +92,29 @@ def test_same_seed_same_bytes_and_maps_of_your_own(project: Path, capsys: pytest
     assert np.std(stacks[0][2]) < 0.03 * np.mean(stacks[0][2])  # no counting noise
 
 
+def test_missing_duplicate_and_beyond_the_field(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [
+        "--missing",
+        "1",
+        "--bad",
+        "0:duplicate",
+        "--margin",
+        "300",
+        "--magnification-change",
+        "0.001",
+        "--ice",
+        "0",
+    ]
+    assert ran("TS_01", *SMALL, *argv, "--order", "continuous", "--beads", "3", "--motion-range", "500") == 0
+    truth = json.loads(Path("TS_01_truth.json").read_text())
+    assert truth["nominal"] == np.loadtxt("TS_01.rawtlt").tolist() == [-40, 0, 20, 40]
+    stack = mrcfile.read("TS_01.mrc")
+    assert stack.shape[0] == 4 and (stack[0] == stack[1]).all() and (stack[1] != stack[2]).any()
+    # rms of what five decimals keep
+    assert np.std(truth["magnification"]) == pytest.approx(0.001, rel=0.02)
+    assert np.shape(truth["probe2d_px"]) == (100, 4, 2) and np.abs(truth["bead_motion_A"]).max() > 0.01
+
+
 def test_dry_run_writes_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ran("TS_01", *SMALL, "--dry-run") == 0
     assert capsys.readouterr().out.startswith("TS_01: 5 tilts, 3 particles (about ")

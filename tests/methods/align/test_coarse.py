@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 from libemc.errors import InputError
 from libemc.io import mrc
 from libemc.methods.align import coarse as align
-from libemc.numerics.fourier import fourier_shift, irfftn_centred
+from libemc.numerics.fourier import centre_crop, centre_pad, fourier_shift
 from libemc.numerics.rotations import tilt_matrices
 from libemc.records import Source, Tilts, TiltSeriesRecord
 
@@ -82,7 +82,7 @@ def test_shifts_are_found(series):
     assert np.std(shift) > PIXEL_SIZE
     # a tenth of a pixel between neighbours, added up over nine tilts to either side at random
     assert shift_error(shifts_of(found), shift, matrices, use) < 0.3 * PIXEL_SIZE
-    assert found.loss[-1] < found.loss[0]
+    assert 0 < found.loss[-1] < found.loss[0] + 0.01 < 1  # converged after the first pass
     residual = [r for r in found.residual if r is not None]
     assert len(residual) == len(TILTS) - 2
     assert np.median(residual) < 0.3 * PIXEL_SIZE
@@ -137,24 +137,86 @@ def test_axis_is_found():
 def test_a_tilt_predicts_itself(series):
     """From an image at the same tilt, the prediction is that image moved to its place, halved by the constant."""
     images = prepared(series[0])
-    matrices = tilt_matrices(35.0, torch.full((2,), 20.0, dtype=torch.float64), 0.0)
-    shift = torch.tensor([[0.0, 0.0], [3.0, -2.0]], dtype=torch.float64)
-    n = images.box
-    prediction = irfftn_centred(align.predict(images, matrices, shift, 0, [1], 15.0), (n, n))
-    expected = fourier_shift(images.pixels[1:2], -shift[1:2])[0] / 2
+    base = align.nominal(record(), 35.0).model_copy(update={"tilt": (20.0,) * len(TILTS)})
+    search = align._Search.begin(images, base, 300.0)
+    search.shift[1] = torch.tensor([3.0, -2.0])
+    n, m = images.box, search.canvas
+    start = torch.tensor([1.0, 4.0], dtype=torch.float64)
+    prediction = torch.fft.irfftn(search.predict(0, [[1]], start)[0], s=(m, m))
+    expected = fourier_shift(images.pixels[1:2], start[None] - search.shift[1:2])[0] / 2
     inner = slice(10, -10)
-    assert torch.allclose(prediction[inner, inner], expected[inner, inner], atol=2e-3)  # whole pixels: float32 grids
+    assert torch.allclose(centre_crop(prediction, (n, n))[inner, inner], expected[inner, inner], atol=2e-3)  # float32
 
 
-def test_offset(series):
+def test_a_place_is_found_anywhere(series):
+    """A shifted copy is found to a fraction of a pixel, a third of the field away, and not where one may not look."""
     images = prepared(series[0])
-    moved = torch.tensor([[2.3, -1.6]], dtype=torch.float64)
-    prediction = torch.fft.rfftn(torch.fft.ifftshift(fourier_shift(images.pixels[5:6], -moved)[0]))
-    found, score = align.offset(images, 5, prediction, torch.zeros(2), 6.0)
-    assert torch.allclose(found, moved[0], atol=0.05)  # a paraboloid through a smooth peak
-    assert 0.9 < score <= 1.0
-    near, _ = align.offset(images, 5, prediction, torch.zeros(2), 1.0)
-    assert float(near.norm()) < 2.0
+    search = align._Search.begin(images, align.nominal(record(), 35.0), 300.0)
+    moved = torch.tensor([[31.3, -27.6]], dtype=torch.float64)
+    n, m = images.box, search.canvas
+    prediction = centre_pad(fourier_shift(images.pixels[5:6], -moved)[0], (m, m))
+    start = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    look = search.compare(5, torch.fft.rfftn(prediction), start, align.WIDEST_SHIFT)
+    assert torch.allclose(look.shift, start + moved[0], atol=0.1)  # a paraboloid through a peak, divided by the overlap
+    assert look.clear > align.SURE
+    near = search.compare(5, torch.fft.rfftn(prediction), start, 0.05)
+    assert float((near.shift - start).norm()) <= 0.05 * n + 1
+    assert near.elsewhere > near.deviations + align.BETTER
+    noise = torch.from_numpy(np.random.default_rng(0).normal(size=(m, m))).float()
+    assert search.compare(5, torch.fft.rfftn(noise), start, align.WIDEST_SHIFT).clear < align.LIKELY
+
+
+def axis_error(found, axis):
+    return abs((found - axis + 90) % 180 - 90)
+
+
+def test_start_finds_everything(series):
+    """Shuffled tilts, a jump, a blank, a dark and a noisy image, a copy; axis and shifts from the images alone."""
+    images, shift = (np.array(part) for part in series[:2])
+    rng = np.random.default_rng(9)
+    jump = np.array([0.3, -0.2]) * SHAPE[1] * PIXEL_SIZE
+    moved = slab_images(35.0, shift + jump)
+    images[6], shift[6] = moved[6], shift[6] + jump
+    images = images + 50.0
+    images[2] = 7.0
+    images[5] = 0.5 + 0.1 * rng.normal(size=SHAPE)
+    images[13] = 50 + rng.normal(size=SHAPE)
+    images[16] = images[15]
+    shuffle = rng.permutation(len(TILTS))
+    found = align.start(
+        lambda j: images[shuffle][j], images.shape, PIXEL_SIZE, TILTS[shuffle].tolist(), [True] * len(TILTS)
+    )
+    back = np.argsort(shuffle)
+    bad = {j: found.reason[back[j]] for j in range(len(TILTS)) if not found.use[back[j]]}
+    assert set(bad) == {2, 5, 13, 16}
+    assert bad[2] == "shows nothing"
+    assert bad[5] == "dark"
+    assert bad[16] == f"a copy of image {back[15] + 1}"
+    assert found.hand_open
+    assert axis_error(found.axis, 35.0) < 1.5
+    about = tilt_matrices(found.axis, torch.from_numpy(TILTS), 0.0).numpy()
+    good = found.use[back]
+    # a percent of the field, and what the error of the axis turns the field's edge by does not count here
+    assert shift_error(found.shift[back], shift, about, good) < 0.02 * SHAPE[1] * PIXEL_SIZE
+    assert (found.quality[back][good] > align.LIKELY).all()
+
+
+def test_noise_is_refused():
+    images = np.random.default_rng(1).normal(size=(20, 64, 64)).astype(np.float32)
+    with pytest.raises(InputError, match="agree"):
+        align.start(images.__getitem__, images.shape, PIXEL_SIZE, np.linspace(-57, 57, 20).tolist(), [True] * 20)
+
+
+def test_blocks_keep_the_origin():
+    """A blob at the origin stays there, whatever the binning: its centre of mass, to a hundredth of a binned pixel."""
+    y, x = np.mgrid[:120, :90]
+    blob = np.exp(-((x - 45) ** 2 + (y - 60) ** 2) / 200).astype(np.float32)
+    for binning in (1, 2, 3):
+        images = align.prepare(lambda j: blob, (3, 120, 90), 1.0, [True] * 3, 120 // binning)
+        pixels = images.pixels[0].double().clamp_min(1.0)[4:-4, 4:-4] - 1
+        u = torch.arange(len(pixels)) + 4 - images.box // 2
+        centre = [float((pixels.sum(dim) * u).sum() / pixels.sum()) for dim in (0, 1)]
+        assert np.allclose(centre, 0, atol=0.02)  # of what is above a threshold of the sampled blob
 
 
 def test_too_few_images(series):
@@ -165,10 +227,13 @@ def test_too_few_images(series):
 
 @pytest.mark.parametrize(("name", "limit"), [("conf_01", 10.0), ("conf_02", 6.0)])
 def test_independent_simulation(shared_data, name, limit):
-    """Shifts of the independent simulator's series, with its axis, to within half a pixel of the working size (12 Å)."""
+    """Shifts of the independent simulator's series, with its axis, to within half a pixel of the working size (12 Å).
+
+    Every other tilt, which is harder and takes half the time.
+    """
     truth = json.loads((shared_data / "sim" / f"{name}_truth.json").read_text())
     stack = mrc.open_stack(shared_data / "sim" / f"{name}.mrc").array
-    use = [j not in truth["bad"] for j in range(len(stack))]
+    use = [j not in truth["bad"] and j % 2 == 0 for j in range(len(stack))]
     images = align.prepare(stack.__getitem__, stack.shape, truth["apix"], use)
     zeros = (0.0,) * len(stack)
     base = align.Alignment(
