@@ -337,18 +337,22 @@ def aligned_coarsely(folder: Path, number: int) -> tuple[records.TiltSeriesRecor
 
 def coarse_here(folder: Path, number: int) -> None:
     """The coarse stage on an imported series; its result goes into the record."""
-    from libemc.methods.align import coarse
+    from libemc.alignments import reconsidered
+    from libemc.methods.align import series
     from libemc.project import open_raw_stack
 
     os.chdir(folder / "runs" / name_of(number))
-    record = records.load_tiltseries(name_of(number))
-    source, use = record.source, record.tilts.use
+    record = reconsidered(records.load_tiltseries(name_of(number)))
+    source, tilts = record.source, record.tilts
     load = open_raw_stack(record).array.__getitem__
-    small = coarse.prepare(load, source.shape, source.pixel_size, use, coarse.AXIS_SIZE)
-    base = coarse.nominal(record, coarse.find_axis(small, record))
-    found = coarse.align(coarse.prepare(load, source.shape, source.pixel_size, use), base, first_pass=True)
+    pyramid = series.Pyramid(load, source.shape, source.pixel_size, tilts.use, source.contrast == "bright")
+    state = series.begin(pyramid, record, None)
+    changed = {
+        "alignment": state.alignment,
+        "tilts": tilts.model_copy(update={"use": tuple(state.use), "reason": tuple(state.reason)}),
+    }
     path = records.tiltseries_path(record.name)
-    records.update(path, lambda old: old.model_copy(update={"alignment": found}), records.TiltSeriesRecord)
+    records.update(path, lambda old: old.model_copy(update=changed), records.TiltSeriesRecord)
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring

@@ -7,18 +7,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from libemc import records
 from libemc.cli import Run
 from libemc.io import mrc
 from libemc.methods.align import series
 from libemc.methods.align.series import BECAUSE, Result
+from libemc.methods.import_series import UNDECIDED
 from libemc.methods.reconstruct import bin_image
 from libemc.methods.subtilts import TiltGeometry
+from libemc.numerics.patches import cut_patches
 from libemc.project import Images
 from libemc.records import Alignment, TiltSeriesRecord
 from libemc.view.alignment import alignment_plots, landmark_picture, residual_arrows
-from libemc.view.movie import tilt_frames, tilt_movie
+from libemc.view.movie import tilt_frame, tilt_movie, tilt_order
 
 PATCH = 64  # pixels of a landmark's picture, at most
 PICTURES = ("alignment.png", "residuals.png", "tilts.png")
@@ -26,10 +29,10 @@ LANDMARK = "landmark.png"  # where one is seen well enough
 
 
 def reconsidered(record: TiltSeriesRecord) -> TiltSeriesRecord:
-    """The record with those tilts in use again that an earlier alignment left out."""
+    """The record with those tilts in use again that an earlier alignment left out, and copies that it can tell apart."""
     tilts = record.tilts
     reasons = tilts.reason or (None,) * len(tilts.use)
-    again = [reason is not None and reason.startswith(BECAUSE) for reason in reasons]
+    again = [reason is not None and (reason.startswith(BECAUSE) or reason.endswith(UNDECIDED)) for reason in reasons]
     use = tuple(u or a for u, a in zip(tilts.use, again, strict=True))
     reason = tuple(None if a else r for r, a in zip(reasons, again, strict=True))
     return record.model_copy(update={"tilts": tilts.model_copy(update={"use": use, "reason": reason})})
@@ -80,57 +83,49 @@ def align(
 
 
 def _draw(record: TiltSeriesRecord, result: Result, load: Images, folder: Path, run: Run) -> None:
-    """The pictures of an alignment."""
+    """The pictures of an alignment. Every image is read once: for the movie, and for one landmark before and after."""
     plots, arrows, movie = (run.output(folder / name, owned=True) for name in PICTURES)
     alignment_plots(record, plots, result.alignment)
     source = record.source
     field = (source.shape[2] * source.pixel_size, source.shape[1] * source.pixel_size)
     labels = [f"{t:.0f}°" for t in result.alignment.tilt]
     residual_arrows(result.position, result.residual, result.use, field, arrows, labels)
-    _draw_landmark(record, result, load, folder / LANDMARK, labels, run)
-    frames = list(tilt_frames(record, load.__getitem__))
-    tilt_movie([frame for _, frame in frames], movie, labels=[label for label, _ in frames])
+    found = result.alignment.landmarks
+    assert found is not None
+    best = _clearest(result)
+    width = min(2.5 * (found.diameter[best] or 300.0), min(field) / 4) / source.pixel_size
+    binning = max(1, int(width / PATCH))
+    size = 2 * round(width / binning / 2)
+    point = torch.tensor([found.xyz[best]], dtype=torch.float64)
+    where = torch.stack([TiltGeometry.of(a, result.use).project(point)[0][0] for a in (result.first, result.alignment)])
+    strips = np.full((2, len(labels), size, size), np.nan, np.float32)
+    frames = []
+    order = tilt_order(record)
+    for j in order:
+        image = load[j]
+        frames.append(tilt_frame(record, j, image))
+        strips[:, j] = views(image, where[:, j] / source.pixel_size, size, binning)
+    if bool(np.isfinite(strips).all((0, 2, 3)).any()):
+        title = f"{record.name}: {found.kind[best]} {best + 1} of {len(found.xyz)}"
+        pixel_size = source.pixel_size * binning
+        landmark_picture(strips[0], strips[1], run.output(folder / LANDMARK, owned=True), pixel_size, labels, title)
+    tilt_movie(frames, movie, labels=[f"{result.alignment.tilt[j]:+.1f}°" for j in order])
 
 
-def _draw_landmark(
-    record: TiltSeriesRecord, result: Result, load: Images, file: Path, labels: list[str], run: Run
-) -> None:
-    """One landmark before and after: of those that most images show, the one that is fitted best."""
-    found, source = result.alignment.landmarks, record.source
+def _clearest(result: Result) -> int:
+    """The landmark that is fitted best, of those that most images show."""
+    found = result.alignment.landmarks
     assert found is not None
     often = np.isfinite(result.position[list(result.use)]).all(-1).mean(0)
     fits = np.array([np.inf if r is None else r for r in found.residual])
-    best = int(np.where(often >= np.median(often), fits, np.inf).argmin())
-    width = min(2.5 * (found.diameter[best] or 300.0), min(source.shape[1:]) * source.pixel_size / 4)
-    binning = max(1, int(width / source.pixel_size / PATCH))
-    before, after = (
-        patches(load, TiltGeometry.of(a, result.use), found.xyz[best], source.pixel_size, binning, width)
-        for a in (result.first, result.alignment)
-    )
-    if bool((np.isfinite(before).all((1, 2)) & np.isfinite(after).all((1, 2))).any()):
-        title = f"{record.name}: {found.kind[best]} {best + 1} of {len(found.xyz)}"
-        landmark_picture(before, after, run.output(file, owned=True), source.pixel_size * binning, labels, title)
+    return int(np.where(often >= np.median(often), fits, np.inf).argmin())
 
 
-def patches(
-    load: Images,
-    geometry: TiltGeometry,
-    point: tuple[float, float, float],
-    pixel_size: float,
-    binning: int,
-    width: float,
-) -> NDArray[np.float32]:
-    """Images (T, n, n) of a point's surroundings, where a geometry expects it; NaN where it isn't seen or used."""
-    n = 2 * round(width / pixel_size / binning / 2)
-    half = n * binning // 2
-    at = geometry.project(torch.tensor([point], dtype=torch.float64))[0][0] / pixel_size
-    out = np.full((len(at), n, n), np.nan, np.float32)
-    for j, (x, y) in enumerate(at.tolist()):
-        if not bool(geometry.use[j]):
-            continue
-        image = load[j]
-        column, row = round(x) + image.shape[1] // 2, round(y) + image.shape[0] // 2
-        if half <= column < image.shape[1] - half and half <= row < image.shape[0] - half:
-            patch = torch.from_numpy(image[row - half : row + half, column - half : column + half].astype(np.float32))
-            out[j] = bin_image(patch, binning).numpy()
-    return out
+def views(image: NDArray[np.float32], positions: Tensor, size: int, binning: int) -> NDArray[np.float32]:
+    """The surroundings of positions (N, 2), px from the centre of an image (y, x), binned: (N, size, size) float32.
+
+    NaN, all of it, where they reach beyond the image.
+    """
+    patches, _ = cut_patches([image] * len(positions), positions, size * binning, np.nan)
+    whole = torch.isfinite(patches).flatten(1).all(dim=1)
+    return torch.where(whole[:, None, None], bin_image(patches, binning), np.nan).numpy()

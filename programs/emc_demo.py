@@ -20,21 +20,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from libemc import comparison
+from libemc import demonstration
 from libemc.cli import Program, Run
 from libemc.cli.commands import execute
 from libemc.errors import InputError
-from libemc.io.files import read_json, read_text, write_text
-from libemc.io.truth import read_truth
+from libemc.io.files import read_text, write_text
 
 SCRIPT = "commands.sh"
 FIRST_LINES = "#!/bin/sh\n# By emc_demo, which itself writes raw/*_picks.csv after the first step.\nset -e"
 """What a folder of this program's has in it, and how that begins: no other folder is ever emptied."""
-PICKING_ERROR = 8.0  # Å rms along each axis: what a careful picking program leaves
-RIGHT = 15.0  # degrees within which an orientation counts as found
-REACH = 60.0  # Å: a position that is farther from every true one is none of them
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ STEPS = (
      "emc_import {stacks}"),
     ("Align without markers, and reconstruct",
      "emc_tomogram --all --bin 4 --thickness 900"),
-    ("From the truth: alignment and CTF. The programs that find them well enough for particles are still to come",
+    ("From the truth: the CTF, and the alignment in whose frame the true particles are. Finding the CTF is still to come",
      "emc_import --alignment raw/{name}_truth.json {name} --overwrite"),
     ("Reconstruct again",
      "emc_tomogram --all --load --bin 2 --thickness 900 --ctf wiener --lowpass 60"),
@@ -124,67 +118,19 @@ def main(args: argparse.Namespace, run: Run) -> None:
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     write_text(folder / SCRIPT, FIRST_LINES + "".join(f"\n{command}" for _, command in todo) + "\n")
     run.result(f"$ cd {shlex.quote(str(folder))}")
-    rows, chapters = [("", "true", "true poses", "found")], [text for text, *_ in STEPS]
+    rows, chapters = [demonstration.HEAD], [text for text, *_ in STEPS]
     for before, (text, command) in zip(["", *(text for text, _ in todo)], todo, strict=False):
         if text != before:
             run.result(f"\n== {chapters.index(text) + 1} of {len(chapters)}: {text}")
         run.result(f"$ {command}")
         execute(command, folder, run.threads)
         if command.startswith("emc_simulate"):
-            write_picks(folder / "raw", Path(command.split()[1]).name, run.seed)
+            demonstration.write_picks(folder / "raw", Path(command.split()[1]).name, run.seed)
         elif command.startswith("emc_tomogram --all --bin"):
-            rows += [alignment_row(folder, name) for name in size.names]
+            rows += [demonstration.alignment_row(folder, name) for name in size.names]
     run.result("\n== What came out")
-    rows += result_rows(folder, size)
-    widths = [max(len(row[k]) for row in rows) for k in range(4)]
-    run.result("\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows))
+    run.result(demonstration.table([*rows, *demonstration.result_rows(folder, size.names)]))
     run.result("\n    ".join(["\nPictures:", *map(str, sorted(folder.rglob("*.png")))]))
-
-
-def write_picks(raw: Path, name: str, seed: int) -> None:
-    """What a picking program might find of a simulated tilt series."""
-    truth = read_truth(raw / f"{name}_truth.json")
-    xyz = truth.picks.xyz + np.random.default_rng(seed).normal(0, PICKING_ERROR, truth.picks.xyz.shape)
-    lines = ["x,y,z", *(",".join(f"{value:.1f}" for value in row) for row in xyz)]
-    write_text(raw / f"{name}_picks.csv", "\n".join(lines) + "\n")
-
-
-# ------------------------------------------------------------------------------------------------- found against true
-
-
-def alignment_row(folder: Path, name: str) -> tuple[str, ...]:
-    """How well a tilt series is aligned now."""
-    error = comparison.alignment_error(name, folder / f"raw/{name}_truth.json", folder)
-    return (
-        f"{name}, alignment: reprojection error",
-        "0 Å",
-        "",
-        f"{error.rms:.1f} Å rms, {error.median:.1f} median",
-    )
-
-
-def result_rows(folder: Path, size: Size) -> list[tuple[str, ...]]:
-    """Poses, resolution and hand."""
-    truths = {name: folder / f"raw/{name}_truth.json" for name in size.names}
-    picked, refined = (comparison.pose_errors(source, truths, REACH, folder) for source in ("emc", "spt_00"))
-    runs = folder / "oracle", folder / "spt_00"
-    files = folder / f"raw/{size.names[0]}_map.mrc", folder / "mask.mrc"
-    likes = [comparison.map_agreement(run / "average.mrc", *files) for run in runs]
-    maps = {
-        "resolution of the half maps, FSC = 0.143": [f"{read_json(r / 'fsc.json')['resolution']:.1f} Å" for r in runs],
-        "resolution against the true map, FSC = 0.5": [f"{like.resolution:.1f} Å" for like in likes],
-        "correlation with the true map": [f"{like.correlation:.3f}" for like in likes],
-        "correlation with its mirror image": [f"{like.mirrored:.3f}" for like in likes],
-    }
-    all_of_them, found = len(picked.angle), int((refined.angle < RIGHT).sum())
-    return [
-        (f"positions (picked {picked.distance.median():.1f} Å off): median error", "0 Å", "",
-         f"{refined.distance.median():.1f} Å"),
-        ("orientations (none given): median error", "0°", "", f"{refined.angle.median():.1f}°"),
-        (f"orientations within {RIGHT:g}° of the truth", f"{all_of_them}", "", f"{found} of {all_of_them}"),
-        *((text, "", *cells) for text, cells in maps.items()),
-        ("hand", "right", *("right" if like.right_hand else "wrong" for like in likes)),
-    ]  # fmt: skip
 
 
 program = Program(

@@ -16,6 +16,8 @@ import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+
 from libemc import project, records
 from libemc.cli import Program, Run, options
 from libemc.errors import InputError
@@ -44,7 +46,9 @@ def main(args: argparse.Namespace, run: Run) -> None:
     if args.all:
         series = [s for s in series if args.label in s.picks]
     if not series:
-        raise InputError(f"no tilt series has picks labelled {args.label!r}", "info", "run emc_tempmatch or emc_import")
+        raise InputError(
+            f"no tilt series has picks labelled {args.label!r}", "info", "import them with emc_import --picks"
+        )
     pixel_size = common_pixel_size(series) * args.binning
     symmetry_matrices(args.symmetry)
     sources = [checked(record, args, run) for record in series]
@@ -52,7 +56,13 @@ def main(args: argparse.Namespace, run: Run) -> None:
     # without a head, stacks in the set's folder are what a killed run left
     targets = [run.output(folder / f"{record.name}.mrcs", owned=not head.exists()) for record in series]
     count = sum(len(records.need_picks(r, args.label).xyz) * r.source.shape[0] for r in series)
-    if run.plan(f"cut {count} images of {args.box}² from {len(series)} tilt series", disk=count * args.box**2 * 2):
+    volumes = {
+        record.name: [run.output(folder / "subtomograms" / f"{record.name}_{i:06d}.mrc") for i in kept_of(patches)]
+        for record, (_, patches) in zip(series, sources, strict=True)
+        if args.subtomograms
+    }
+    size = count * args.box**2 * 2 + sum(map(len, volumes.values())) * args.box**3 * 4
+    if run.plan(f"cut {count} images of {args.box}² from {len(series)} tilt series", disk=size):
         return
     files: dict[str, records.ParticleFile] = {}
     with ExitStack() as all_or_none:  # the stacks take their names together: a set is never half old and half new
@@ -61,7 +71,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
                 record, args.label, args.set_name, args.box, pixel_size, args.symmetry, patches
             )
             files[record.name] = file.model_copy(update={"stack": str(target)})
-            kept = [i for i, seen in enumerate(patches.visible.any(dim=1).tolist()) if seen]
+            kept = kept_of(patches)
             writer = all_or_none.enter_context(mrc.StackWriter(target, pixel_size, "float16"))
             images = project.Images(stack, f"exclude that tilt in {records.tiltseries_path(record.name)}", blank=False)
             for block in extract.extract(
@@ -81,9 +91,8 @@ def main(args: argparse.Namespace, run: Run) -> None:
         ),
         files,
     )
-    if args.subtomograms:
-        for file, target in zip(files.values(), targets, strict=True):
-            write_subtomograms(file, target, folder, run)
+    for (name, paths), target in zip(volumes.items(), targets, strict=False):  # none unless asked for
+        write_subtomograms(files[name], target, paths, run)
     run.log.info(f"wrote {head}")
 
 
@@ -115,22 +124,22 @@ def checked(
     return stack, located
 
 
-def write_subtomograms(file: records.ParticleFile, stack: Path, folder: Path, run: Run) -> None:
+def kept_of(patches: extract.Patches) -> list[int]:
+    """The particles that are in some image."""
+    return torch.nonzero(patches.visible.any(dim=1))[:, 0].tolist()
+
+
+def write_subtomograms(file: records.ParticleFile, stack: Path, paths: list[Path], run: Run) -> None:
     """One CTF-corrected volume a particle, in the specimen's frame."""
     particles = Particles.of(file, mrc.open_stack(stack).array)
-    for index in run.progress(range(len(particles)), label="subtomograms"):
-        name = file.particles[index].id.split(".")[-1]
-        path = run.output(folder / "subtomograms" / f"{file.name}_{name}.mrc")
+    for index, path in enumerate(run.progress(paths, label="subtomograms")):
         mrc.write_volume(path, subtomogram(particles, index).numpy(), file.pixel_size)
 
 
 program = Program(
-    doc=__doc__,
-    name="emc_extract",
-    arguments=arguments,
-    main=main,
+    doc=__doc__, name="emc_extract", arguments=arguments, main=main,
     standard=("threads", "memory", "overwrite", "verbose", "quiet", "dry-run"),
-)
+)  # fmt: skip
 entry = program.entry
 
 if __name__ == "__main__":

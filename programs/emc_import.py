@@ -15,7 +15,6 @@ finite, copies of another) keep their place and are marked. Without an .mdoc the
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from libemc.cli import Program, Run, options
 from libemc.errors import InputError
 from libemc.interchange import particles as incoming
 from libemc.interchange import series
-from libemc.io import files
 from libemc.methods import import_series
 
 KINDS = {
@@ -96,12 +94,7 @@ def stacks(args: argparse.Namespace, run: Run) -> None:
     if len(args.names) > 1 and (args.rawtlt or args.mdoc):
         raise InputError("one file of angles for several stacks", remedy="put one beside each stack, with its stem")
     told = series.Told(**{name: getattr(args, name) for name in KINDS["stacks"]})
-    found = [
-        series.raw_series(free_name(run.input(path), run), told, run.project) for path in dict.fromkeys(args.names)
-    ]
-    names = Counter(each.record.name for each in found)
-    if max(names.values()) > 1:
-        raise InputError(f"two stacks are called {names.most_common(1)[0][0]}", remedy="rename one")
+    found = series.raw_stacks([run.input(path) for path in dict.fromkeys(args.names)], told, run.project, run.overwrite)
     for each in found:
         for file in each.files:
             run.input(file)
@@ -110,27 +103,13 @@ def stacks(args: argparse.Namespace, run: Run) -> None:
         for path in each.writes:
             run.output(path)
     size = sum(each.images.array.nbytes for each in found)
-    if run.plan(
-        f"look at {len(found)} stacks of {options.bytes_text(size)}", disk=size if args.place == "copy" else None
-    ):
+    plan = f"look at {len(found)} stacks of {options.bytes_text(size)}"
+    if run.plan(plan, disk=size if args.place == "copy" else None):
         return
     finished = [each.looked_at(run.progress) for each in found]
     for each, record in zip(found, finished, strict=True):
-        for target in each.writes[1:]:
-            files.place(each.images.path, target, link=args.place == "link")
-        records.save_new(each.writes[0], record, overwrite=run.overwrite)
+        each.save(record, link=args.place == "link", overwrite=run.overwrite)
         run.result(import_series.summary(record))
-
-
-def free_name(path: Path, run: Run) -> Path:
-    """A stack whose stem may name a new tilt series."""
-    try:
-        info = records.tiltseries_path(options.label_name(path.stem))
-    except argparse.ArgumentTypeError as error:
-        raise InputError(f"{error}", path, "rename the stack: its stem names the tilt series") from None
-    if info.exists() and not run.overwrite:
-        raise InputError("exists already", info, "use --overwrite to replace it and all that was found since")
-    return path
 
 
 def sections(args: argparse.Namespace, run: Run) -> None:
@@ -143,18 +122,11 @@ def sections(args: argparse.Namespace, run: Run) -> None:
     if len(args.names) > 1 and {path.suffix for path in given} != {".star"}:
         raise InputError("one file for several tilt series", given[0], "only a STAR file may hold several")
     tomogram = args.tomogram and run.input(args.tomogram)
-    changes: dict[Path, series.Change] = {}
-    for path in run.tiltseries(argparse.Namespace(names=args.names, all=False)):
-        record = records.load_tiltseries(path)
-        there = record.alignment is not None if args.alignment else args.label in record.picks
-        if there and not run.overwrite:
-            what = "an alignment" if args.alignment else f"picks labelled {args.label}"
-            raise InputError(f"has {what}", path, "use --overwrite to replace it")
-        changes[path] = (
-            series.alignment_change(given, record)
-            if args.alignment
-            else series.picks_change(given[0], record, args.label, args.class_number, tomogram)
-        )
+    paths = run.tiltseries(argparse.Namespace(names=args.names, all=False))
+    if args.alignment:
+        changes = series.alignment_changes(given, paths, run.overwrite)
+    else:
+        changes = series.picks_changes(given[0], paths, args.label, args.class_number, tomogram, run.overwrite)
     if run.plan(f"import what {given[0]} says of {len(changes)} tilt series"):
         return
     for path, change in changes.items():
@@ -178,22 +150,14 @@ def particles(args: argparse.Namespace, run: Run) -> None:
     images = sum(each.images for each in found)
     if run.plan(f"import {images} images of {head.box}²", disk=images * head.box**2 * 2):
         return
-    done = {}
-    for each, target in zip(found, targets, strict=True):
-        file = done[each.file.name] = each.write(target, scale, run.progress)
-        seen = sum(sum(p.visible) for p in file.particles) / len(file.particles)
-        line = f"{file.name}: {len(file.particles)} particles, {seen:.1f} tilts each"
-        run.result(f"{line}, box {head.box} at {head.pixel_size:g} Å")
-    records.save_particles(folder, head, done)
+    for line in incoming.write_set(found, targets, folder, head, scale, run.progress):
+        run.result(line)
 
 
 program = Program(
-    doc=__doc__,
-    name="emc_import",
-    arguments=arguments,
-    main=main,
+    doc=__doc__, name="emc_import", arguments=arguments, main=main,
     standard=("overwrite", "verbose", "quiet", "dry-run"),
-)
+)  # fmt: skip
 entry = program.entry
 
 if __name__ == "__main__":

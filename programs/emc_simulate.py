@@ -18,11 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor, from_numpy
 
+from libemc import simulations
 from libemc.cli import Program, Run, options
 from libemc.errors import InputError
-from libemc.io import mrc, simulated
 from libemc.methods import phantom, simulate
 from libemc.numerics.ctf import Optics
 
@@ -102,55 +101,36 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.voltage(lens)
     options.cs(lens)
     options.amplitude_contrast(lens)
-    numbers(
-        lens, options.number, ("defocus", 30000.0, "A", "underfocus in Å"), ("phase-shift", 0.0, "DEG", "of a plate")
-    )
+    plate = ("phase-shift", 0.0, "DEG", "of a plate")
+    jitter = ("defocus-jitter", 250.0, "A", "spread of the defocus, Å rms")
+    numbers(lens, options.number, ("defocus", 30000.0, "A", "underfocus in Å"), plate)
     numbers(lens, options.number, ("astigmatism-angle", 20.0, "DEG", "from +x to the axis of U"))
-    numbers(lens, options.not_negative, ("defocus-jitter", 250.0, "A", "spread of the defocus, Å rms"))
-    numbers(lens, options.not_negative, ("astigmatism", 300.0, "A", "U - V in Å"))
+    numbers(lens, options.not_negative, jitter, ("astigmatism", 300.0, "A", "U - V in Å"))
     lens.add_argument("--handedness", type=int, choices=(-1, 1), default=-1, help="sign of the defocus along z")
     numbers(lens, transfer, ("mtf", 1.0, "X", "modulation transfer at Nyquist, 1 is perfect"))
     lens.add_argument("--noise-free", action="store_true", help="write the expected counts, without counting noise")
     lens.add_argument("--dtype", choices=DTYPES, default="int16", help="type of the pixels")
 
 
-def maps_of(args: argparse.Namespace, run: Run) -> tuple[list[Tensor], list[str], float]:
-    """The map of each class on the detector's pixels, what it is called, and the diameter of the largest in Å."""
-    pixel = args.pixel_size / args.binning
-    maps, diameter = [], 0.0
-    for path in args.map or []:
-        array, spacing = mrc.read_volume(run.input(path))
-        if len(set(array.shape)) > 1:
-            raise InputError("is not a cube", path, "pad it to one")
-        maps.append(simulate.as_potential(simulate.resample(from_numpy(array), spacing, pixel), pixel, args.strength))
-        diameter = max(diameter, simulate.BOX_SHARE * array.shape[0] * spacing)
-    if args.map:
-        if args.symmetry != "c1" or args.box:
-            raise InputError("--symmetry and --box are for built-in particles", remedy="leave them out with --map")
-        return maps, [path.name for path in args.map], diameter
-    names = args.particle or ["emc"]
-    atoms = [phantom.particle(name, args.symmetry) for name in names]
-    diameter = max(particle.diameter for particle in atoms)
-    box = args.box * args.binning if args.box else simulate.box_for(diameter, pixel)
-    return [phantom.density(particle, box, pixel) * args.strength for particle in atoms], names, diameter
-
-
-def class_files(path: Path | None, count: int) -> list[Path]:
-    """Where the true maps go: the file itself, or one numbered file for each class."""
-    if path is None:
-        return []
-    return [path] if count == 1 else [path.with_stem(f"{path.stem}_{k + 1}") for k in range(count)]
-
-
 def main(args: argparse.Namespace, run: Run) -> None:
     """Decide the scene, then make and write it image by image; the truth comes last."""
-    stem = args.name.as_posix()
-    stack, rawtlt, mdoc, truth = (run.output(Path(stem + end)) for end in (".mrc", ".rawtlt", ".mdoc", "_truth.json"))
-    maps, names, diameter = maps_of(args, run)
-    true_maps = [run.output(path) for path in class_files(args.map_out, len(maps))]
-    fractions = args.fractions or (1.0,) * len(maps)
-    if len(fractions) != len(maps):
-        raise InputError(f"{len(fractions)} fractions for {len(maps)} classes", remedy="give one for each class")
+    if args.map and (args.symmetry != "c1" or args.box):
+        raise InputError("--symmetry and --box are for built-in particles", remedy="leave them out with --map")
+    files = simulations.Files.of(args.name)
+    for path in files.stack, files.rawtlt, files.mdoc, files.truth:
+        run.output(path)
+    if args.map:
+        paths = [run.input(path) for path in args.map]
+        classes = simulations.from_files(paths, args.pixel_size / args.binning, args.strength)
+    else:
+        names, box = args.particle or ["emc"], args.box and args.box * args.binning
+        classes = simulations.built_in(names, args.symmetry, box, args.pixel_size / args.binning, args.strength)
+    true_maps = [run.output(path) for path in simulations.numbered(args.map_out, len(classes.maps))]
+    fractions = args.fractions or (1.0,) * len(classes.maps)
+    if len(fractions) != len(classes.maps):
+        raise InputError(
+            f"{len(fractions)} fractions for {len(classes.maps)} classes", remedy="give one for each class"
+        )
     tilts = tuple(t for j, t in enumerate(simulate.tilt_angles(*args.tilt_range)) if j not in (args.missing or ()))
     acquisition = simulate.Acquisition(
         tilts, simulate.order_of_tilts(tilts, args.order), args.dose, args.axis, args.xtilt,
@@ -159,39 +139,24 @@ def main(args: argparse.Namespace, run: Run) -> None:
         Optics(args.voltage, args.cs, args.amplitude_contrast), args.defocus, args.defocus_jitter, args.astigmatism,
         args.astigmatism_angle, args.phase_shift, args.handedness, args.mtf)  # fmt: skip
     specimen = simulate.Specimen(
-        args.count, args.distance or diameter, fractions, args.thickness, tuple(args.slab_tilt), args.beads,
+        args.count, args.distance or classes.diameter, fractions, args.thickness, tuple(args.slab_tilt), args.beads,
         args.bead_radius, args.motion, args.motion_range, args.ice, args.margin)  # fmt: skip
     size = args.size[1], args.size[0]
     scene = simulate.lay_out(acquisition, imaging, specimen, size, args.pixel_size, run.seed, args.binning)
     dtype, shape = np.dtype(args.dtype), (len(tilts), *scene.shape)
-    seconds, memory = simulate.cost(scene, maps[0].shape[0])
+    seconds, memory = simulate.cost(scene, classes.maps[0].shape[0])
+    stem = args.name.as_posix()
     if run.plan(f"{stem}: {shape[0]} tilts, {args.count} particles", seconds, memory, np.prod(shape) * dtype.itemsize):
         return
-    gain, total = simulate.gain_for(scene, dtype), 0.0
-    with simulated.detector_stack(stack, shape, args.pixel_size, dtype) as pixels:
-        images = simulate.tilt_images(scene, maps, noise=not args.noise_free)
-        for j, image in enumerate(run.progress(images, total=shape[0], label="tilts")):
-            pixels[j] = simulate.counts(image, dtype, gain)
-            total += float(image.mean())
-    box = maps[0].shape[0] // args.binning
-    known = scene.truth() | {"n": box, "maps": names, "symmetry": args.symmetry, "gain": gain}
-    for path, density in zip(true_maps, maps, strict=False):  # none unless asked for
-        written = simulate.resample(density, args.pixel_size / args.binning, args.pixel_size)
-        mrc.write_volume(path, written.numpy(), args.pixel_size)
-    simulated.write_rawtlt(rawtlt, tilts)
-    simulated.write_mdoc(mdoc, known, stack.name, shape, simulated.MODES[dtype])
-    simulated.write_truth(truth, known)
+    mean = simulations.write(files, scene, classes, dtype, not args.noise_free, true_maps, run.progress)
     size_text = f"{shape[0]} tilts of {shape[2]} x {shape[1]}"
-    run.result(f"{stack}: {size_text}, {args.count} particles, {total / shape[0]:.2f} e/px")
+    run.result(f"{files.stack}: {size_text}, {args.count} particles, {mean:.2f} e/px")
 
 
 program = Program(
-    doc=__doc__,
-    name="emc_simulate",
-    arguments=arguments,
-    main=main,
+    doc=__doc__, name="emc_simulate", arguments=arguments, main=main,
     standard=("threads", "overwrite", "seed", "verbose", "quiet", "dry-run"),
-)
+)  # fmt: skip
 entry = program.entry
 
 if __name__ == "__main__":

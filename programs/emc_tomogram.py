@@ -21,27 +21,18 @@ _odd. --erase-beads takes the beads among the alignment's landmarks, and whateve
 from __future__ import annotations
 
 import argparse
-import math
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
-from libemc import alignments, records
+from libemc import alignments, records, tomograms
 from libemc.cli import Program, Run, options
 from libemc.errors import InputError
 from libemc.io import mrc
 from libemc.methods import reconstruct
 from libemc.methods.align import coarse
 from libemc.methods.align.series import summary
-from libemc.methods.erase import Beads
-from libemc.methods.reconstruct import CtfCorrection, Grid, Weighting, binned_shape
-from libemc.methods.subtilts import TiltGeometry
-from libemc.project import Images, open_raw_stack, room_for_images
-from libemc.records import TiltSeriesRecord, Tomogram
-from libemc.view.slices import CentralSlices, central_slices_png
-
-HALVES: dict[str, Literal[1, 2] | None] = {"": None, "_even": 1, "_odd": 2}
-"""Suffix of each tomogram's name and its number in the record; halves take every other one of the used tilts."""
+from libemc.project import open_raw_stack
+from libemc.records import TiltSeriesRecord
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,11 +61,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, run: Run) -> None:
     """Check all tilt series, then align and reconstruct one after the other."""
     paths = run.tiltseries(args)
-    series = [(path, *checked(records.load_tiltseries(path), args, run)) for path in paths]
-    costs = [estimate(record, args, run) for _, record, _ in series]
-    disk = sum(volume for _, _, volume in costs)
-    plan = f"reconstruct {len(series)} tomograms at bin {args.binning}"
-    if run.plan(plan, sum(c[0] for c in costs), max(c[1] for c in costs), disk):
+    what = tomograms.Wanted(
+        args.binning, args.thickness, args.region, args.tag, args.ctf if args.deconvolve is None else "deconvolve",
+        args.deconvolve or 1.0, args.snr_falloff, not args.no_dose, args.lowpass, args.erase_beads, args.half)  # fmt: skip
+    series = [(path, *checked(records.load_tiltseries(path), what, args, run)) for path in paths]
+    if args.align_only:
+        done = run.plan(f"align {len(series)} tilt series")
+    else:
+        costs = [tomograms.cost(record, what, run) for _, record, _ in series]
+        plan = f"reconstruct {len(series)} tomograms at bin {args.binning}"
+        done = run.plan(plan, sum(c[0] for c in costs), max(c[1] for c in costs), sum(c[2] for c in costs))
+    if done:
         return
     for path, record, stack in series:
         if not args.load:
@@ -82,22 +79,23 @@ def main(args: argparse.Namespace, run: Run) -> None:
         if args.align_only:
             run.result(f"{record.name}: {summary(record)}")
             continue
-        whole = [j for j, use in enumerate(record.tilts.use) if use]
-        for suffix, half in HALVES.items():
-            if half is None or args.half:
-                made = tomogram(record, stack, whole if half is None else whole[half - 1 :: 2], suffix, args, run)
-                records.update(path, partial(reconstruct.with_tomogram, made=made), TiltSeriesRecord)
+        for made in tomograms.make(record, stack, what, run):
+            records.update(path, partial(reconstruct.with_tomogram, made=made), TiltSeriesRecord)
         z, y, x = made.shape
-        voxels = f"{x} x {y} x {z} voxels of {made.pixel_size:g} Å from {len(whole)} tilts"
+        voxels = f"{x} x {y} x {z} voxels of {made.pixel_size:g} Å from {sum(record.tilts.use)} tilts"
         run.result(f"{record.name}: {voxels}, {summary(record)}")
 
 
-def checked(record: TiltSeriesRecord, args: argparse.Namespace, run: Run) -> tuple[TiltSeriesRecord, mrc.MrcImages]:
+def checked(
+    record: TiltSeriesRecord, what: tomograms.Wanted, args: argparse.Namespace, run: Run
+) -> tuple[TiltSeriesRecord, mrc.MrcImages]:
     """The record, with the nominal geometry where nothing is aligned yet, and its stack; nothing that follows may fail."""
     path = records.tiltseries_path(record.name)
     if args.load or args.refine:
         if args.axis is not None:
             raise InputError("--axis has no meaning with --load and --refine", remedy="leave it out")
+        if args.load and args.local_motion:
+            raise InputError("--local-motion has no meaning with --load", remedy="leave it out, or give --refine")
         records.need(record, "alignment")
     elif record.alignment is not None and not run.overwrite:
         remedy = "give --load to reconstruct with it, --refine to improve it, or --overwrite to replace it"
@@ -110,32 +108,11 @@ def checked(record: TiltSeriesRecord, args: argparse.Namespace, run: Run) -> tup
     stack = open_raw_stack(record)
     if sum(record.tilts.use) < coarse.LEAST_IMAGES:
         raise InputError(f"only {sum(record.tilts.use)} tilts are used", path, "include more of them")
-    correction(record, args)
-    for suffix, half in () if args.align_only else HALVES.items():
-        if half is None or args.half:
-            run.output(target(record, suffix, args))
-            run.output(target(record, suffix, args).with_suffix(".png"))
+    what.correction(record)
+    for suffix in () if args.align_only else what.suffixes:
+        run.output(what.target(record, suffix))
+        run.output(what.target(record, suffix).with_suffix(".png"))
     return record, stack
-
-
-def target(record: TiltSeriesRecord, suffix: str, args: argparse.Namespace) -> Path:
-    """The tomogram's file; that of a part of the field never has the name of the whole."""
-    tag = args.tag or ("region" if args.region else None)
-    return Path("tomograms") / f"{record.name}_bin{args.binning}{f'_{tag}' if tag else ''}{suffix}.mrc"
-
-
-def correction(record: TiltSeriesRecord, args: argparse.Namespace) -> CtfCorrection | None:
-    """The correction for the CTF that was asked for; None for none."""
-    mode = args.ctf if args.deconvolve is None else "deconvolve"
-    return CtfCorrection.of(record, mode, args.deconvolve or 1.0, args.snr_falloff)
-
-
-def estimate(record: TiltSeriesRecord, args: argparse.Namespace, run: Run) -> tuple[float, float, float]:
-    """Seconds, bytes of memory and of disk for one tilt series."""
-    grid = Grid.of(record, args.binning, args.thickness, args.region)
-    count, copies = sum(record.tilts.use), 3 if args.half else 1
-    seconds, memory = reconstruct.cost(grid, record.source.shape, count, args.binning, run.threads, run.memory)
-    return copies * seconds, memory, copies * math.prod(grid.shape) * 4.0
 
 
 def aligned(
@@ -145,40 +122,6 @@ def aligned(
     axis = args.axis if args.axis is not None else record.source.tilt_axis
     base = records.need(record, "alignment") if args.refine else None
     return alignments.align(path, record, stack, axis, base, args.local_motion, run)
-
-
-def tomogram(
-    record: TiltSeriesRecord, stack: mrc.MrcImages, tilts: list[int], suffix: str, args: argparse.Namespace, run: Run
-) -> Tomogram:
-    """Reconstruct one tomogram from some of the tilts and write it with its picture."""
-    grid = Grid.of(record, args.binning, args.thickness, args.region)
-    weighting = Weighting.of(record, grid, tilts, not args.no_dose, args.lowpass, args.deconvolve is not None)
-    geometry = TiltGeometry.of(records.need(record, "alignment"), record.tilts.use).select(tilts)
-    corrected, beads = correction(record, args), Beads.of(record, geometry, tilts, run.seed)
-    if args.erase_beads and beads is None:
-        run.warn(f"{record.name}: the alignment has no beads among its landmarks; none are erased")
-    clean = partial(beads.erase, pixel_size=grid.pixel_size) if beads and args.erase_beads else None
-    images, left = room_for_images(
-        (len(tilts), *binned_shape(record.source.shape, args.binning)), run.memory, "tomograms"
-    )
-    name, raw = record.name + suffix, Images(stack, f"exclude that tilt in {records.tiltseries_path(record.name)}")
-    prepared = reconstruct.prepare_images(
-        lambda j: raw[tilts[j]], geometry, args.binning, grid.pixel_size, weighting, images, clean
-    )
-    for _ in run.progress(prepared, len(tilts), f"{name}: images"):
-        pass
-    if not images.any():
-        raise InputError("no used image has any contrast", record.source.stack, "check the file, and import it again")
-    file = run.output(target(record, suffix, args))
-    pictures = CentralSlices(grid.shape)
-    slabs = reconstruct.reconstruct(images, geometry, grid, corrected and corrected.select(tilts), left, run.device)
-    with mrc.VolumeWriter(file, grid.shape, grid.pixel_size) as writer:
-        for y0, slab in run.progress(slabs, None, f"{name}: rows"):
-            writer.write_rows(y0, slab)
-            pictures.add(y0, slab)
-    central_slices_png(pictures, run.output(file.with_suffix(".png")), f"{name}, {grid.pixel_size:g} Å/voxel")
-    done = [*(["beads erased"] if clean else []), *weighting.corrections, *([corrected.words] if corrected else [])]
-    return reconstruct.tomogram_entry(file, grid, done, HALVES[suffix])
 
 
 program = Program(

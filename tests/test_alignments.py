@@ -8,8 +8,7 @@ import torch
 
 from libemc import alignments
 from libemc.methods.align.series import BECAUSE
-from libemc.methods.subtilts import TiltGeometry
-from libemc.numerics.rotations import tilt_matrices
+from libemc.methods.import_series import UNDECIDED
 from libemc.records import Source, Tilts, TiltSeriesRecord
 
 
@@ -22,13 +21,15 @@ def record(use: tuple[bool, ...], reason: tuple[str | None, ...] | None) -> Tilt
 
 
 def test_what_an_alignment_left_out_is_reconsidered() -> None:
-    """And nothing else: what the user excluded, with a reason or without, stays out; reasons of used images stay."""
-    reasons = (None, BECAUSE + "shows nothing", "user: bad", None, BECAUSE.strip(), "a note")
-    before = record((True, False, False, False, False, True), reasons)
+    """And copies that it can tell apart, but nothing else: what the user excluded, with a reason or without, and copies
+    told apart by their order stay out; reasons of used images stay."""
+    copy = "the same as image 3"
+    reasons = (None, BECAUSE + "shows nothing", "user: bad", None, BECAUSE.strip(), "a note", copy + UNDECIDED, copy)
+    before = record((True, False, False, False, False, True, False, False), reasons)
     after = alignments.reconsidered(before)
-    assert after.tilts.use == (True, True, False, False, False, True)
-    assert after.tilts.reason == (None, None, "user: bad", None, BECAUSE.strip(), "a note")
-    assert before.tilts.use == (True, False, False, False, False, True)  # it is not changed
+    assert after.tilts.use == (True, True, False, False, False, True, True, False)
+    assert after.tilts.reason == (None, None, "user: bad", None, BECAUSE.strip(), "a note", None, copy)
+    assert before.tilts.use == (True, False, False, False, False, True, False, False)  # it is not changed
     assert after.source == before.source
     assert alignments.reconsidered(after) == after
     without = alignments.reconsidered(record((True, False), None))
@@ -37,24 +38,14 @@ def test_what_an_alignment_left_out_is_reconsidered() -> None:
 
 
 @pytest.mark.parametrize("binning", [1, 2])
-def test_patches_show_the_point(binning: int) -> None:
-    """A dark pixel at the point is in the middle of every patch; tilts that are not used, or don't show it, are empty."""
-    tilts = torch.tensor([-40.0, 0.0, 40.0, 0.0], dtype=torch.float64)
-    shift = torch.tensor([[0.0, 0.0], [20.0, -10.0], [0.0, 5.0], [500.0, 0.0]], dtype=torch.float64)
-    use = torch.tensor([True, True, True, True])
-    geometry = TiltGeometry(tilt_matrices(0.0, tilts, 0.0), shift, torch.ones(4).double(), use)
-    point = (15.0, -20.0, 10.0)
-    images = np.zeros((4, 120, 140), np.float32)
-    at = geometry.project(torch.tensor([point], dtype=torch.float64))[0][0].numpy() / 5.0
-    for image, (x, y) in zip(images, at[:3], strict=False):
-        image[round(float(y)) + 60, round(float(x)) + 70] = -1.0
-    found = alignments.patches(images, geometry, point, 5.0, binning, 80.0)
-    n = 2 * round(80.0 / 5.0 / binning / 2)
-    assert found.shape == (4, n, n)
-    for patch in found[:3]:
-        assert np.unravel_index(patch.argmin(), patch.shape) == (n // 2, n // 2)
+def test_views_show_the_point(binning: int) -> None:
+    """A dark pixel is in the middle of the view of its place, and shifted in that of another; over the edge is nothing."""
+    image = np.zeros((120, 140), np.float32)
+    image[60 - 20, 70 + 16] = -1.0
+    places = torch.tensor([[16.3, -19.8], [12.0, -24.0], [61.0, 0.0], [500.0, 0.0]], dtype=torch.float64)
+    found = alignments.views(image, places, 10, binning)
+    assert found.shape == (4, 10, 10) and found.dtype == np.float32
+    for view, (y, x) in zip(found, ((5, 5), (5 + 4 // binning, 5 + 4 // binning)), strict=False):
+        assert np.unravel_index(view.argmin(), view.shape) == (y, x)
     assert np.isnan(found[3]).all()
-    unused = TiltGeometry(geometry.matrices, shift, geometry.magnification, use & (torch.arange(4) != 1))
-    again = alignments.patches(images, unused, point, 5.0, binning, 80.0)
-    assert np.isnan(again[1]).all()
-    np.testing.assert_array_equal(again[0], found[0])
+    assert np.isnan(found[2]).all() == (binning == 2)  # a window of 20 pixels reaches over the edge, one of 10 does not

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,10 +17,6 @@ import mrcfile
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-import by_hand
-from by_hand import PIXEL, HandSeries, blobs_image, blobs_map, pose, rx, ry, rz
 
 import emc_average
 import emc_extract
@@ -38,6 +33,8 @@ from libemc.numerics.masks import soft_sphere
 from libemc.numerics.rotations import euler_from_matrix, matrix_from_euler, rotation_distance, tilt_matrices
 from libemc.numerics.symmetry import symmetrise, symmetry_matrices
 from libemc.records import Alignment, ParticleFile, load, load_particles, load_tiltseries
+from tests import by_hand
+from tests.by_hand import PIXEL, HandSeries, blobs_image, blobs_map, pose, rx, ry, rz
 
 SLICE = 0.015
 """Error of the library's interpolation in Fourier space, relative to the largest value: the bound of its own tests."""

@@ -42,7 +42,9 @@ def test_the_lab_script_is_a_shell_script_with_commands_in_it() -> None:
 
 
 def test_commands_in_running_text_parse() -> None:
-    for code in re.findall(r"`(emc_[a-z]+ [^`\n]+)`", README + (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")):
+    found = re.findall(r"`(emc_[a-z]+ [^`\n]+)`", README + (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
+    assert len(found) >= 2
+    for code in found:
         name, *words = shlex.split(code)
         if name != "emc_x":  # any of them
             importlib.import_module(name).program.parser().parse_all(words)
@@ -70,3 +72,10 @@ def test_what_architecture_and_conventions_name_exists() -> None:
         assert (ROOT / "libemc" / path).exists(), path
     numbers = re.findall(r"^(\d+)\. ", (ROOT / "info" / "conventions.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert [int(number) for number in numbers] == list(range(1, 17))
+
+
+def test_no_text_sends_anyone_to_a_program_that_is_not_there() -> None:
+    """In what the programs and the library say to users: every word that looks like a program is one."""
+    for file in [*(ROOT / "programs").glob("*.py"), *(ROOT / "libemc").rglob("*.py")]:
+        for name in re.findall(r"\bemc_[a-z]+\b", file.read_text(encoding="utf-8")):
+            assert name in PROGRAMS or name == "emc_x", (file, name)

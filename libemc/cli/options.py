@@ -279,9 +279,6 @@ erase_beads = _option(
     "--erase-beads", action="store_true", default=False, help="replace gold beads in the images by noise first"
 )
 tag = _option("--tag", type=label_name, metavar="T", help="word added to the names of the tomograms")
-resolution = _option("--resolution", type=positive, metavar="A", help="resolution to use, in Å")
-step = _option("--step", type=positive, metavar="DEG", help="angle between neighbouring orientations")
-classes = _option("--classes", type=count, default=1, metavar="N", help="number of classes")
 class_number = _option("--class", dest="class_number", type=integer, metavar="K", help="class to take")
 iterations = _option(
     "--iterations",
@@ -289,7 +286,6 @@ iterations = _option(
     metavar="N",
     help="number of iterations, or auto, until nothing changes (default: auto)",
 )
-diameter = _option("--diameter", type=positive, metavar="A", help="diameter of the particle in Å")
 distance = _option("--distance", type=positive, metavar="A", help="least distance between two particles in Å")
 subtomograms = _option("--subtomograms", action="store_true", default=False, help="write subtomograms too")
 

@@ -18,7 +18,7 @@ from libemc.io.files import resolve
 from libemc.methods import import_series
 from libemc.methods.export import image_table
 from libemc.methods.subtilts import Particles
-from libemc.records import Optics, Particle, ParticleFile, ParticleSet, ParticleTilts, half_of
+from libemc.records import Optics, Particle, ParticleFile, ParticleSet, ParticleTilts, half_of, save_particles
 
 SAMPLED = 4
 """Particles of each tilt series that the scale of a set is measured on."""
@@ -79,6 +79,39 @@ def series_file(
         )
         for i in range(len(ids))
     )
+    tilts = {
+        "axis": found.axis,
+        "tilt": found.tilt,
+        "xtilt": found.xtilt,
+        "magnification": found.magnification,
+        "dose": dose,
+        "dose_before": before,
+    }
+    if ctf is not None:
+        tilts |= {
+            "astigmatism": (ctf.defocus_u - ctf.defocus_v) / 2,
+            "astigmatism_angle": ctf.angle,
+            "phase_shift": ctf.phase_shift,
+        }
+    return _file(set_name, name, optics, tilts, use & found.use, hand, particles)
+
+
+def _file(
+    set_name: str,
+    name: str,
+    optics: relion.OpticsGroup,
+    tilts: Mapping[str, NDArray[np.float64]],
+    use: NDArray[np.bool_],
+    hand: Literal[-1, 1],
+    particles: tuple[Particle, ...],
+) -> ParticleFile:
+    """A particle file, its `stack` still to be written.
+
+    Args:
+        tilts: (T,) columns of `ParticleTilts`; one that is left out is 0.
+    """
+    numbers = (column for column in ParticleTilts.model_fields if column != "use")
+    columns: dict[str, Any] = {column: row(tilts.get(column, np.zeros(len(use)))) for column in numbers}
     return ParticleFile(
         set=set_name,
         name=name,
@@ -86,18 +119,7 @@ def series_file(
         pixel_size=optics.pixel_size,
         ctf_premultiplied=optics.premultiplied,
         optics=Optics(voltage=optics.voltage, cs=optics.cs, amplitude_contrast=optics.amplitude_contrast),
-        tilts=ParticleTilts(
-            axis=row(found.axis),
-            tilt=row(found.tilt),
-            xtilt=row(found.xtilt),
-            magnification=row(found.magnification),
-            dose=row(dose),
-            dose_before=row(before),
-            use=tuple(bool(v) for v in use & found.use),
-            astigmatism=row(zeros if ctf is None else (ctf.defocus_u - ctf.defocus_v) / 2),
-            astigmatism_angle=row(zeros if ctf is None else ctf.angle),
-            phase_shift=row(zeros if ctf is None else ctf.phase_shift),
-        ),
+        tilts=ParticleTilts(use=tuple(bool(v) for v in use), **columns),
         defocus_handedness=hand,
         particles=particles,
     )
@@ -123,8 +145,7 @@ def flat_file(
     Args:
         rows: which of the particles, one of `flat_groups`.
     """
-    zero, one = (0.0,), (1.0,)
-    before = zero if flat.dose_before is None else (float(flat.dose_before[rows[0]]),)
+    before = np.zeros(1) if flat.dose_before is None else flat.dose_before[rows[:1]]
     ids = [f"{name}.{i:06d}" for i in range(len(rows))]
     parents = [None if flat.particle is None else flat.particle[row] for row in rows]
     halves = _halves(flat.half[rows], [parent or own for parent, own in zip(parents, ids, strict=True)])
@@ -146,27 +167,8 @@ def flat_file(
         )
         for i, row in enumerate(rows)
     )
-    return ParticleFile(
-        set=set_name,
-        name=name,
-        box=optics.box,
-        pixel_size=optics.pixel_size,
-        ctf_premultiplied=optics.premultiplied,
-        optics=Optics(voltage=optics.voltage, cs=optics.cs, amplitude_contrast=optics.amplitude_contrast),
-        tilts=ParticleTilts(
-            axis=zero,
-            tilt=zero,
-            xtilt=zero,
-            magnification=one,
-            dose=zero,
-            dose_before=before,
-            use=(True,),
-            astigmatism=zero,
-            astigmatism_angle=zero,
-            phase_shift=zero,
-        ),
-        particles=particles,
-    )
+    tilts = {"magnification": np.ones(1), "dose_before": before}
+    return _file(set_name, name, optics, tilts, np.ones(1, bool), -1, particles)
 
 
 @dataclass(frozen=True)
@@ -324,6 +326,34 @@ def common_head(incoming: Sequence[Incoming], path: Path) -> ParticleSet:
         raise InputError(f"has particles of several boxes or pixel sizes {sorted(found)}", path, "export one at a time")
     file = incoming[0].file
     return ParticleSet(set=file.set, box=file.box, pixel_size=file.pixel_size, symmetry=file.symmetry)
+
+
+def write_set(
+    incoming: Sequence[Incoming],
+    targets: Sequence[Path],
+    folder: Path,
+    head: ParticleSet,
+    scale: float,
+    progress: Callable[..., Iterator[Any]],
+) -> Iterator[str]:
+    """Write the stacks of a set, then its records.
+
+    Args:
+        targets: the stack of each.
+        folder: of the set.
+        head: its own record, of `common_head`.
+        scale: that all images are multiplied by.
+
+    Yields:
+        A line about each tilt series, when its stack is there.
+    """
+    done = {}
+    for each, target in zip(incoming, targets, strict=True):
+        file = done[each.file.name] = each.write(target, scale, progress)
+        seen = sum(sum(p.visible) for p in file.particles) / len(file.particles)
+        count = f"{len(file.particles)} particles, {seen:.1f} tilts each"
+        yield f"{file.name}: {count}, box {head.box} at {head.pixel_size:g} Å"
+    save_particles(folder, head, done)
 
 
 # ------------------------------------------------------------------------------------------------------------ the way out

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import functools
 import os
+from argparse import ArgumentTypeError
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +17,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from libemc import records
+from libemc.cli.options import label_name
 from libemc.errors import InputError
 from libemc.io import geometry, mrc
 from libemc.io.acquisition import Acquisition, read_acquisition
 from libemc.io.detect import read_alignment
-from libemc.io.files import read_json, read_table
+from libemc.io.files import place, read_json, read_table
 from libemc.io.picks import read_picks
 from libemc.io.star import read_star
 from libemc.io.truth import is_truth, read_truth
@@ -101,6 +104,35 @@ class RawSeries:
         if all(reasons):
             raise InputError(f"no image can be used: image 0 is {reasons[0]}", self.images.path, "check the file")
         return self.record.model_copy(update={"tilts": import_series.without_bad(self.record.tilts, reasons)})
+
+    def save(self, record: TiltSeriesRecord, link: bool = False, overwrite: bool = False) -> None:
+        """Put the stack where the record says, as a copy or a link, and write the record, the one of `looked_at`."""
+        target, *placed = self.writes
+        for stack in placed:
+            place(self.images.path, stack, link)
+        records.save_new(target, record, overwrite)
+
+
+def raw_stacks(paths: Sequence[Path], told: Told, project: Path, overwrite: bool) -> list[RawSeries]:
+    """Raw stacks, each with the files beside it, which name new tilt series of the project.
+
+    Raises:
+        InputError: a stem that is no good name, or names two of them, or (without `overwrite`) a tilt series that is there;
+            or as `raw_series`.
+    """
+    found = []
+    for path in paths:
+        try:
+            info = tiltseries_path(label_name(path.stem))
+        except ArgumentTypeError as error:
+            raise InputError(f"{error}", path, "rename the stack: its stem names the tilt series") from None
+        if info.exists() and not overwrite:
+            raise InputError("exists already", info, "use --overwrite to replace it and all that was found since")
+        found.append(raw_series(path, told, project))
+    name, count = Counter(each.record.name for each in found).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"two stacks are called {name}", remedy="rename one")
+    return found
 
 
 def raw_series(path: Path, told: Told, project: Path) -> RawSeries:
@@ -217,6 +249,21 @@ def alignment_change(given: Sequence[Path], record: TiltSeriesRecord) -> Change:
     return Change(functools.partial(with_alignment, found=aligned, ctf=ctf), line, warnings)
 
 
+def alignment_changes(given: Sequence[Path], paths: Sequence[Path], overwrite: bool) -> dict[Path, Change]:
+    """What files of another package say of the alignment of some tilt series, by the paths of their records.
+
+    Raises:
+        InputError: one has an alignment already (without `overwrite`); or as `alignment_change`.
+    """
+    changes = {}
+    for path in paths:
+        record = records.load_tiltseries(path)
+        if record.alignment is not None and not overwrite:
+            raise InputError("has an alignment", path, "use --overwrite to replace it")
+        changes[path] = alignment_change(given, record)
+    return changes
+
+
 def with_alignment(record: TiltSeriesRecord, found: geometry.Alignment, ctf: geometry.Ctf | None) -> TiltSeriesRecord:
     """The record with this alignment and, where there is one, CTF; tilts that the alignment left out are unused."""
     magnified = bool(np.any(found.magnification != 1))
@@ -313,6 +360,28 @@ def picks_change(
     warnings = (f"{outside} points of {path} lie outside the images of {record.name}",) if outside else ()
     line = f"{record.name}: {len(picks.xyz)} {label}, {'with' if picks.rot else 'without'} angles"
     return Change(functools.partial(with_picks, label=label, picks=picks), line, warnings)
+
+
+def picks_changes(
+    given: Path,
+    paths: Sequence[Path],
+    label: str,
+    class_number: int | None,
+    tomogram: Path | None,
+    overwrite: bool,
+) -> dict[Path, Change]:
+    """The points of some tilt series in one file, by the paths of their records.
+
+    Raises:
+        InputError: one has such picks already (without `overwrite`); or as `picks_change`.
+    """
+    changes = {}
+    for path in paths:
+        record = records.load_tiltseries(path)
+        if label in record.picks and not overwrite:
+            raise InputError(f"has picks labelled {label}", path, "use --overwrite to replace it")
+        changes[path] = picks_change(given, record, label, class_number, tomogram)
+    return changes
 
 
 def _in_pixels(path: Path) -> bool:

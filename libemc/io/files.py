@@ -1,18 +1,17 @@
-"""Whole files: text in, and anything out, atomically. Every format of this room reads and writes through here."""
+"""Whole files: text in, and text and copies out, atomically. Every format of this room reads and writes through here."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import secrets
-from contextlib import suppress
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
 from libemc.errors import InputError
+from libemc.replacement import Replacement, write_bytes
 
 StrPath = str | PathLike[str]
 
@@ -100,93 +99,9 @@ def read_table(path: StrPath, columns: tuple[int, ...] | None = None, comment: s
     return rows
 
 
-class Replacement:
-    """A new file beside `path` that takes its name when it is committed and leaves nothing when it is discarded.
-
-    Raises:
-        OSError: from the system, always with `path` as its filename.
-    """
-
-    def __init__(self, path: StrPath) -> None:
-        self.path = Path(path)
-        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
-        try:
-            self._descriptor = self._create()
-        except OSError as error:
-            self._named(error)
-
-    def _create(self) -> int:
-        """Make and lock the new file, and remove those that killed programs left: the dead hold no lock."""
-        while True:
-            descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            with suppress(OSError):  # a file system without locks keeps what is left
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                for left in self.path.parent.iterdir():
-                    if left.name.startswith(f".{self.path.name}.") and left.suffix == ".part":
-                        with suppress(OSError), open(left, "rb") as file:
-                            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                            left.unlink()
-            if os.fstat(descriptor).st_nlink:  # not removed by another between its making and its locking
-                return descriptor
-            os.close(descriptor)
-
-    def _named(self, error: OSError) -> NoReturn:
-        raise OSError(error.errno, error.strerror, fspath(self.path)) from error
-
-    def reserve(self, size: int) -> None:
-        """Take `size` bytes of disk now, so that a full disk is known before the work is done."""
-        try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._descriptor, 0, size)
-            else:
-                os.ftruncate(self._descriptor, size)
-        except OSError as error:
-            self._named(error)
-
-    def write(self, data: bytes | memoryview, offset: int) -> None:
-        """Write all of `data` at `offset`."""
-        rest = memoryview(data).cast("B")
-        try:
-            while rest:
-                done = os.pwrite(self._descriptor, rest, offset)
-                rest, offset = rest[done:], offset + done
-        except OSError as error:
-            self._named(error)
-
-    def _close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-    def commit(self) -> None:
-        """Flush to disk, take the name, flush the folder."""
-        try:
-            os.fsync(self._descriptor)
-            os.replace(self._temporary, self.path)
-            self._close()  # only now: the lock says that the writer lives
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except OSError as error:
-            self._named(error)
-
-    def discard(self) -> None:
-        """Remove what was written; whatever had the name before keeps it."""
-        self._close()
-        self._temporary.unlink(missing_ok=True)
-
-
 def write_text(path: StrPath, text: str) -> None:
     """Write a text file whole or not at all."""
-    replacement = Replacement(path)
-    try:
-        replacement.write(text.encode("utf-8"), 0)
-        replacement.commit()
-    except BaseException:
-        replacement.discard()
-        raise
+    write_bytes(path, text.encode("utf-8"))
 
 
 def place(source: StrPath, target: StrPath, link: bool = False) -> None:
@@ -197,17 +112,11 @@ def place(source: StrPath, target: StrPath, link: bool = False) -> None:
         os.symlink(os.path.abspath(source), temporary)
         os.replace(temporary, path)
         return
-    replacement = Replacement(target)
-    try:
-        with open(source, "rb") as file:
-            offset = 0
-            while block := file.read(COPIED_AT_ONCE):
-                replacement.write(block, offset)
-                offset += len(block)
-        replacement.commit()
-    except BaseException:
-        replacement.discard()
-        raise
+    with Replacement(target) as replacement, open(source, "rb") as file:
+        offset = 0
+        while block := file.read(COPIED_AT_ONCE):
+            replacement.write(block, offset)
+            offset += len(block)
 
 
 def resolve(reference: str, near: StrPath) -> Path:

@@ -20,7 +20,8 @@ from mrcfile.utils import machine_stamp_from_byte_order
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from libemc.errors import InputError
-from libemc.io.files import Replacement, StrPath, read_bytes
+from libemc.io.files import StrPath, read_bytes
+from libemc.replacement import Replacement
 
 HEADER_BYTES = HEADER_DTYPE.itemsize
 MODES: dict[int, str] = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}

@@ -209,6 +209,7 @@ class Beads:
         positions: (T, N, 2) Å from the image centre.
         diameters: (N,) Å.
         margin: (T,) Å around a bead that its fringe takes.
+        tilts: (T,) the images' numbers in the stack: no two of them get the same noise, whatever tomogram they go into.
         sign: 1 where the specimen is dark in the images, -1 where it is bright.
         seed: of the noise.
     """
@@ -216,6 +217,7 @@ class Beads:
     positions: Tensor
     diameters: Tensor
     margin: Tensor
+    tilts: tuple[int, ...]
     sign: int
     seed: int
 
@@ -238,7 +240,8 @@ class Beads:
         margin = FRINGES * (wavelength(record.source.voltage) * defocus.abs()).sqrt()
         diameters = torch.tensor([d for _, d in beads])
         sign = 1 if record.source.contrast == "dark" else -1
-        return Beads(geometry.project(points)[0].transpose(0, 1).contiguous(), diameters, margin, sign, seed)
+        positions = geometry.project(points)[0].transpose(0, 1).contiguous()
+        return Beads(positions, diameters, margin, tuple(tilts), sign, seed)
 
     def covered(self, j: int, image: Tensor, pixel_size: float) -> Tensor:
         """Pixels (y, x) bool of image j that known beads, others like them, and their fringes take."""
@@ -263,5 +266,5 @@ class Beads:
 
     def erase(self, j: int, image: Tensor, pixel_size: float) -> Tensor:
         """Image j (y, x), of any binning, without beads; the same noise whenever it is asked for."""
-        generator = torch.Generator().manual_seed(self.seed * 100003 + j)
+        generator = torch.Generator().manual_seed(self.seed * 100003 + self.tilts[j])
         return fill(image, self.covered(j, image, pixel_size), generator)

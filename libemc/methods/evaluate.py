@@ -25,8 +25,6 @@ INNER = 0.8
 """Share of a slab's sides within which an alignment is judged: what lies nearer to the edge leaves the tilted images."""
 ROBUST = 20.0
 """Å: a tilt that is off by more counts for less in the rigid motion, so that a single bad one cannot turn the others."""
-HALF_POWER = 0.5
-"""Where the FSC of a map with a noise-free one counts as crossed (Rosenthal & Henderson 2003)."""
 _STEPS = 30
 _CONVERGED = 1e-10
 
@@ -264,4 +262,4 @@ def map_agreement(volume: Tensor, truth: Tensor, pixel_size: float, mask: Tensor
     direct, *others = (
         postprocess.compare(volume * weight, other * weight, pixel_size).correlation for other in (truth, *mirrors)
     )
-    return MapAgreement(curve, resolution_at(curve, HALF_POWER, pixel_size), direct, max(others))
+    return MapAgreement(curve, resolution_at(curve, postprocess.MODEL, pixel_size), direct, max(others))

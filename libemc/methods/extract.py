@@ -15,6 +15,7 @@ from torch import Tensor
 from libemc.methods.subtilts import Progress, Stack, TiltGeometry, particle_tilts
 from libemc.numerics import fourier
 from libemc.numerics.grids import centred_radius
+from libemc.numerics.patches import cut_patches
 from libemc.records import Ctf, Optics, Particle, ParticleFile, TiltSeriesRecord, half_of, need, need_picks
 
 SEEN = 0.5
@@ -70,16 +71,6 @@ def locate(
     return Patches(position, defocus, inside & geometry.use)
 
 
-def _cut(image: Tensor, corner: Tensor, size: int, fill: float) -> Tensor:
-    """(P, size, size) patches of an image (y, x) with their first pixels at corner (P, 2) (x, y); `fill` beyond the edge."""
-    rows, columns = image.shape
-    line = torch.arange(size)
-    x, y = corner[:, :1] + line, corner[:, 1:] + line
-    good = ((y >= 0) & (y < rows))[:, :, None] & ((x >= 0) & (x < columns))[:, None, :]
-    patches = image[y.clamp(0, rows - 1)[:, :, None], x.clamp(0, columns - 1)[:, None, :]]
-    return torch.where(good, patches, torch.full((), fill, dtype=patches.dtype))
-
-
 def extract_tilt(image: Tensor, position: Tensor, box: int, binning: int = 1, contrast: str = "dark") -> Tensor:
     """Cut the patches of one tilt image.
 
@@ -92,13 +83,9 @@ def extract_tilt(image: Tensor, position: Tensor, box: int, binning: int = 1, co
     Returns:
         (P, box, box) float32: background mean 0; the noise of the image as a whole has unit variance at this sampling.
     """
-    raw = box * binning
-    rows, columns = image.shape
     mean = float(image.mean())
-    whole = torch.floor(position + 0.5)
-    corner = whole.long() + torch.tensor([columns // 2, rows // 2]) - raw // 2
-    patches = _cut(image, corner, raw, mean) - mean
-    patches = fourier.fourier_shift(patches, whole - position)
+    patches, rest = cut_patches([image.numpy()] * len(position), position, box * binning, mean)
+    patches = fourier.fourier_shift(patches - mean, -rest)
     patches = fourier.resize(patches, (box, box)).float()
     outside = (centred_radius((box, box)) > BACKGROUND * box / 2).float()
     patches = patches - ((patches * outside).sum((1, 2)) / outside.sum())[:, None, None]

@@ -17,6 +17,7 @@ from libemc.records import Tilts, TiltSeriesRecord
 
 Array = NDArray[np.float64]
 
+UNDECIDED = ", which of the two is at its tilt is not known"
 NEIGHBOURS = 6
 """Images nearest in tilt that an image is compared with: few enough that the thickness seen through hardly changes."""
 FAINT = 0.1
@@ -68,7 +69,8 @@ def bad_images(
     Args:
         statistics: of every image, in the order of the stack.
         tilts: nominal angles, degrees, (T,).
-        order: (T,) place of each in the exposure. None: of two copies neither is used, since one of them isn't what it says.
+        order: (T,) place of each in the exposure. None: of two copies neither is used, since one of them isn't what it says;
+            their reason then ends in `UNDECIDED`.
     """
     reasons: list[str | None] = []
     seen: dict[bytes, int] = {}
@@ -82,7 +84,7 @@ def bad_images(
             reasons.append(None)
             for copy, other in ((number, first), (first, number)):
                 if order is None or order[copy] > order[other]:
-                    reasons[copy] = f"the same as image {other}"
+                    reasons[copy] = f"the same as image {other}" + (UNDECIDED if order is None else "")
         else:
             reasons.append(None)
         seen.setdefault(image.digest, number)

@@ -32,6 +32,9 @@ PROTEIN_DENSITY = 0.81
 SAME_GRID = 1e-3
 """Relative difference of two pixel sizes that is still taken for rounding: a twentieth of a pixel over 50 pixels."""
 
+SAME_STEP = 1e-6
+"""Relative change of the pixel size that is none: what the float32 of a header leaves of a number."""
+
 WHOLE = 0.05
 """Pixels by which two samplings of a field may differ in length and still count as fitting."""
 
@@ -278,6 +281,8 @@ def resample(volume: Tensor, step: float) -> Tensor:
     Returns:
         (z', y', x') of `resampled_size`, the origin at n'//2 still on the same point.
     """
+    if abs(step - 1) < SAME_STEP:
+        return volume
     for size in volume.shape:
         matrix = _interpolation(size, resampled_size(size, step), step).to(volume)
         volume = torch.tensordot(volume, matrix, dims=([0], [1]))  # the new axis comes last: after three, all in order

@@ -32,6 +32,7 @@ from libemc.numerics.ctf import Optics, ctf
 from libemc.numerics.dose import exposure_filter
 from libemc.numerics.filters import normalise
 from libemc.numerics.masks import cosine_edge
+from libemc.numerics.patches import cut_patches
 from libemc.numerics.slices import Backprojection, Band
 from libemc.records import TiltSeriesRecord, Tomogram, need
 
@@ -501,14 +502,13 @@ class _Worker:
         self.band = Band.of(tiling.box, tiling.box / 2 / stretch, device=device)
         self.columns = (self.band.ky % tiling.box) * (tiling.box // 2 + 1) + self.band.kx
         self.project = Backprojection(tiling.box, tiling.keep, device)
-        self.patches = np.empty((len(images), tiling.box, tiling.box), np.float32)
 
     def __call__(self, index: tuple[int, int, int]) -> Tensor:
         """The tile's voxels (those of `Tiling.span`), times its blending window."""
         spans = [self.tiling.span(axis, i) for axis, i in enumerate(index)]
         middle, point = self.tiling.centre(index), self.tiling.point(index, self.grid)
         positions, heights = self.geometry.project(point[None])
-        spectra = self._patches(positions[0] / self.grid.pixel_size)
+        spectra = self._spectra(positions[0] / self.grid.pixel_size)
         values = spectra.reshape(len(spectra), -1)[:, self.columns]
         if self.correction is not None:
             values *= self.correction.factors(heights[0].to(self.device), self.band, self.grid.pixel_size)
@@ -519,22 +519,13 @@ class _Worker:
             volume = volume.mul_(self.tiling.window(axis, i).reshape(shape))
         return volume
 
-    def _patches(self, positions: Tensor) -> Tensor:
+    def _spectra(self, positions: Tensor) -> Tensor:
         """Spectra (T, n, n//2+1) of the patches at positions (T, 2) px from the image centre; zero beyond the image."""
         n = self.tiling.box
-        rows, columns = self.images.shape[1:]
-        at = positions + torch.tensor([columns // 2, rows // 2], dtype=torch.float64)
-        whole = torch.round(at)
-        for j, (x, y) in enumerate((whole.long() - n // 2).tolist()):
-            x0, x1, y0, y1 = max(x, 0), min(x + n, columns), max(y, 0), min(y + n, rows)
-            patch = self.patches[j]
-            if x1 - x0 < n or y1 - y0 < n:
-                patch[:] = 0
-            if x1 > x0 and y1 > y0:
-                patch[y0 - y : y1 - y, x0 - x : x1 - x] = self.images[j, y0:y1, x0:x1]
-        spectra = torch.fft.rfftn(torch.from_numpy(self.patches).to(self.device), dim=(1, 2))
+        patches, rest = cut_patches(self.images, positions, n)
+        spectra = torch.fft.rfftn(patches.to(self.device), dim=(1, 2))
         # the origin, at pixel n//2 and a fraction, goes to pixel 0: phases of one axis at a time
-        offset = (n // 2 + at - whole).to(self.device)
+        offset = (n // 2 + rest).to(self.device)
         for axis, k in ((2, torch.arange(n // 2 + 1)), (1, torch.fft.fftfreq(n, 1 / n))):
             angle = 2 * math.pi / n * k.to(self.device).double() * offset[:, 2 - axis, None]
             phase = torch.polar(torch.ones_like(angle), angle).to(spectra.dtype)

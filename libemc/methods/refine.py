@@ -59,13 +59,11 @@ class Search:
     Attributes:
         resolution: Å, finest data that takes part.
         max_shift: Å, largest distance from the present position; 0 keeps it.
-        max_angle: degrees from the present rotation; None: everywhere.
         symmetry: of the reference.
     """
 
     resolution: float
     max_shift: float
-    max_angle: float | None = None
     symmetry: str = "c1"
 
 

@@ -431,20 +431,6 @@ def lay_out(
 # ------------------------------------------------------------------------------------------------------------ the maps
 
 
-def resample(density: Tensor, pixel_size: float, new_pixel_size: float) -> Tensor:
-    """A cubic map at another pixel size, by Fourier crop or pad; values are kept.
-
-    The box is first padded so that both samplings fit it, to 1e-4 of its size.
-    """
-    if abs(new_pixel_size / pixel_size - 1) < 1e-6:
-        return density
-    n = density.shape[-1]
-    ratio = pixel_size / new_pixel_size
-    padded = min(range(n, n + 80), key=lambda m: (round(abs(m * ratio - 2 * round(m * ratio / 2)) / m, 4), m))
-    new = 2 * round(padded * ratio / 2)
-    return fourier.resize(fourier.centre_pad(density, (padded,) * 3), (new,) * 3)
-
-
 def interior(density: Tensor, pixel_size: float) -> float:
     """The typical value inside a particle: of the map smoothed over `INTERIOR_WIDTH`, the mean weighed with itself."""
     radius = grids.rfft_radius(density.shape[-3:]) / pixel_size

@@ -337,12 +337,8 @@ class Accumulator:
         r2 = line[:, None, None] ** 2 + line[None, :, None] ** 2 + x**2
         return r2.sqrt() / self.scale
 
-    def shell_weights(self) -> Tensor:
-        """Mean weight in each shell of one unpadded Fourier pixel, (box//2+1,) float64."""
-        _, total = self.folded()
-        return self._shell_means(total, self.radii())
-
     def _shell_means(self, total: Tensor, radii: Tensor) -> Tensor:
+        """Mean weight in each shell of one unpadded Fourier pixel, (box//2+1,) float64."""
         shell = radii.round().long().clamp_max(self.box // 2 + 1).reshape(-1)
         size = self.box // 2 + 2
         sums = torch.zeros(size, dtype=torch.float64, device=total.device).index_add_(

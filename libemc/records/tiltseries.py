@@ -10,8 +10,13 @@ from libemc.errors import InputError
 from libemc.records.models import Alignment, Ctf, Picks, TiltSeriesRecord, Tomogram
 from libemc.records.store import load
 
-PROGRAMS = {"alignment": "emc_tomogram", "ctf": "emc_tomoctf", "tomograms": "emc_tomogram", "picks": "emc_tempmatch"}
-"""Which program makes a section."""
+REMEDIES = {
+    "alignment": "run emc_tomogram {name}",
+    "ctf": "import it with emc_import --alignment FILE... {name}",
+    "tomograms": "run emc_tomogram {name}",
+    "picks": "import some with emc_import --picks FILE --label L {name}",
+}
+"""How a tilt series gets a section."""
 
 ENDING = "_info.json"
 
@@ -53,11 +58,11 @@ def need(record: TiltSeriesRecord, section: str) -> Alignment | Ctf | tuple[Tomo
     """A section that the caller cannot do without.
 
     Raises:
-        InputError: it is not done yet; the line says which program does it.
+        InputError: it is not done yet; the line says how it is done.
     """
     found: Alignment | Ctf | tuple[Tomogram, ...] | dict[str, Picks] | None = getattr(record, section)
     if not found:
-        remedy = f"run {PROGRAMS[section]} {record.name}"
+        remedy = REMEDIES[section].format(name=record.name)
         raise InputError(f"section {section} is not done yet", tiltseries_path(record.name), remedy)
     return found
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from libemc.records import Alignment, TiltSeriesRecord
-from libemc.view.plots import _save
+from libemc.view.plots import save
 
 BLUE, RED, GREY, BLACK = "#2166ac", "#b2182b", "#888888", "black"
 PANEL = 1.7  # inches of a small panel
@@ -95,7 +95,7 @@ def alignment_plots(
             axes.set_ylim((low + high) / 2 - 0.05, (low + high) / 2 + 0.05)
     _write_notes(notes, record)
     figure.suptitle(title or _headline(record, found), fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _headline(record: TiltSeriesRecord, alignment: Alignment) -> str:
@@ -171,7 +171,7 @@ def residual_arrows(
         panels[0].plot([x, x + bar], [y, y], color=BLACK, linewidth=2, solid_capstyle="butt")
         panels[0].text(x, y + 0.03 * field[1], f"{bar:g} Å", fontsize=6, va="bottom")
     figure.suptitle(f"residuals of the landmarks, arrows {factor:g} times enlarged; rms per tilt", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def landmark_picture(
@@ -225,7 +225,7 @@ def landmark_picture(
             _patch(small, stack[k], floor, ceiling)
             small.set_title(labels[k] if labels is not None else str(k + 1), fontsize=6, pad=1.5)
     figure.suptitle(title or "landmark before and after", fontsize=9, y=0.97)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _patch(axes: Axes, image: NDArray[np.float64], low: float, high: float) -> None:

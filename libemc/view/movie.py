@@ -6,11 +6,9 @@ axis upright) and shifted, never stretched: what moves across the axis is the ti
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import io
+from collections.abc import Iterable, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from libemc.records import TiltSeriesRecord, need
+from libemc.replacement import write_bytes
 
 WIDEST = 512  # pixels of a frame
 GAP = 4  # pixels between raw and aligned
@@ -36,41 +35,43 @@ def _box_binned(image: NDArray[Any], binning: int) -> NDArray[np.float32]:
     return np.asarray(blocks.mean(axis=(1, 3)), np.float32)
 
 
-def tilt_frames(
-    record: TiltSeriesRecord, load: Callable[[int], NDArray[Any]], width: int = WIDEST
-) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Raw and aligned image side by side, by rising tilt angle, of the tilts that are used.
+def tilt_order(record: TiltSeriesRecord) -> list[int]:
+    """The tilts that are used, by rising angle of the alignment."""
+    tilt = need(record, "alignment").tilt
+    return sorted((j for j, use in enumerate(record.tilts.use) if use), key=lambda j: tilt[j])
+
+
+def tilt_frame(record: TiltSeriesRecord, j: int, image: NDArray[Any], width: int = WIDEST) -> NDArray[np.float32]:
+    """An image raw and aligned, side by side.
 
     Args:
         record: with an alignment.
-        load: gives image j (rows, columns).
+        j: the image's number.
+        image: (rows, columns), raw.
         width: pixels of a frame, at most.
 
-    Yields:
-        The angle in words, and the frame (rows, columns) of deviation 1 around 0; NaN where there's no image.
+    Returns:
+        (rows, columns) of deviation 1 around 0; NaN where there's no image.
     """
     alignment = need(record, "alignment")
-    columns = record.source.shape[2]
-    binning = max(1, -(-2 * columns // (width - GAP)))
+    binning = max(1, -(-2 * image.shape[1] // (width - GAP)))
     pixel_size = record.source.pixel_size * binning
-    order = sorted((j for j, use in enumerate(record.tilts.use) if use), key=lambda j: alignment.tilt[j])
-    for j in order:
-        image = _box_binned(load(j), binning)
-        middle = np.median(image)
-        spread = 1.4826 * np.median(np.abs(image - middle)) or 1.0
-        image = (image - middle) / spread
-        image = ndimage.gaussian_filter(image, SMOOTHING)
-        # the pixel at u of the aligned image is the raw one at Rz(axis)·u + shift, times the magnification
-        angle = np.deg2rad(alignment.axis[j])
-        turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])  # acts on (y, x)
-        scale = (alignment.magnification or (1.0,) * len(alignment.tilt))[j]
-        centre = np.array([image.shape[0] // 2, image.shape[1] // 2])
-        shift = np.array([alignment.shift_y[j], alignment.shift_x[j]]) / pixel_size
-        aligned = ndimage.affine_transform(
-            image, scale * turn, centre + scale * (shift - turn @ centre), order=1, cval=np.nan
-        )
-        gap = np.full((image.shape[0], GAP), np.nan, np.float32)
-        yield f"{alignment.tilt[j]:+.1f}°", np.hstack([image, gap, aligned]).astype(np.float32)
+    image = _box_binned(image, binning)
+    middle = np.median(image)
+    spread = 1.4826 * np.median(np.abs(image - middle)) or 1.0
+    image = (image - middle) / spread
+    image = ndimage.gaussian_filter(image, SMOOTHING)
+    # the pixel at u of the aligned image is the raw one at Rz(axis)·u + shift, times the magnification
+    angle = np.deg2rad(alignment.axis[j])
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])  # acts on (y, x)
+    scale = (alignment.magnification or (1.0,) * len(alignment.tilt))[j]
+    centre = np.array([image.shape[0] // 2, image.shape[1] // 2])
+    shift = np.array([alignment.shift_y[j], alignment.shift_x[j]]) / pixel_size
+    aligned = ndimage.affine_transform(
+        image, scale * turn, centre + scale * (shift - turn @ centre), order=1, cval=np.nan
+    )
+    gap = np.full((image.shape[0], GAP), np.nan, np.float32)
+    return np.hstack([image, gap, aligned]).astype(np.float32)
 
 
 def tilt_movie(
@@ -103,21 +104,13 @@ def tilt_movie(
     for k, frame in enumerate(kept):
         grey = np.nan_to_num((frame.astype(np.float32) - low) / max(high - low, 1e-6), nan=0.5).clip(0, 1)
         steps = np.round(grey[::-1] * (LEVELS - 1)) * (255 / (LEVELS - 1))  # y upward, as in the other pictures
-        picture = Image.fromarray(steps.astype(np.uint8))
+        shown = Image.fromarray(steps.astype(np.uint8))
         if labels is not None:
-            draw = ImageDraw.Draw(picture)
+            draw = ImageDraw.Draw(shown)
             draw.rectangle((0, 0, 7 * len(labels[k]) + 6, 14), fill=0)
             draw.text((3, 1), labels[k], fill=255)
-        pictures.append(picture)
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(beside, "xb") as file:
-            options = {"save_all": True, "append_images": pictures[1:], "duration": 1000 / fps, "loop": 0}
-            pictures[0].save(file, format="PNG", **options)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+        pictures.append(shown)
+    picture = io.BytesIO()
+    options = {"save_all": True, "append_images": pictures[1:], "duration": 1000 / fps, "loop": 0}
+    pictures[0].save(picture, format="PNG", **options)
+    write_bytes(path, picture.getbuffer())

@@ -7,8 +7,6 @@ picture whole or not at all, in the format of the path's ending.
 from __future__ import annotations
 
 import io
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -17,6 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
+
+from libemc.replacement import write_bytes
 
 DPI = 150
 NICE = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
@@ -34,21 +34,12 @@ CONTRAST = (1.0, 99.9)
 """Percentiles of a map that are drawn black and white."""
 
 
-def _save(figure: Figure, path: str | PathLike[str]) -> None:
-    """Write a figure: beside, flushed, then put in its place."""
-    target = Path(path)
+def save(figure: Figure, path: str | PathLike[str]) -> None:
+    """Write a figure whole or not at all, in the format of the path's ending."""
     picture = io.BytesIO()
-    figure.savefig(picture, format=target.suffix.lstrip(".") or "png", dpi=DPI, bbox_inches="tight")
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(beside, "xb") as file:
-            file.write(picture.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    form = Path(path).suffix.lstrip(".") or "png"
+    figure.savefig(picture, format=form, dpi=DPI, bbox_inches="tight")
+    write_bytes(path, picture.getbuffer())
 
 
 def resolution_ticks(highest: float, spacing: float = 0.07) -> list[float]:
@@ -103,7 +94,7 @@ def fsc_plot(
     _angstrom_axis(axes, float(k[-1]))
     axes.legend(frameon=False, loc="upper right")
     axes.set_title(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _angstrom_axis(axes: Axes, highest: float) -> None:
@@ -140,7 +131,7 @@ def angular_distribution_plot(path: str | PathLike[str], rot: ArrayLike, tilt: A
     axes.grid(linewidth=0.3, alpha=0.5)
     figure.colorbar(mesh, ax=axes, shrink=0.7, label="views, 1 = evenly spread")
     axes.set_title(f"{title + ': ' if title else ''}{longitude.size} particles, rot along, tilt down", fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def central_slices(volume: NDArray[np.floating]) -> dict[str, NDArray[np.floating]]:
@@ -170,7 +161,7 @@ def central_slices_plot(
         axes.set(xlabel=name[0], ylabel=name[1], xticks=[], yticks=[])
     _scale_bar(figure.axes[0], volume.shape[2], pixel_size)
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _scale_bar(axes: Axes, width: int, pixel_size: float) -> None:

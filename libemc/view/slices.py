@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from libemc.view.plots import _save
+from libemc.view.plots import save
 
 CONTRAST = 3.0  # standard deviations of a slice on either side of its mean, from black to white
 SIDE = 9.0  # inches of the picture's longer side
@@ -64,4 +64,4 @@ def central_slices_png(slices: CentralSlices, path: str | PathLike[str], title: 
         )
         axes.set_axis_off()
     figure.text(0.01, 1 - 0.5 * (1 - top), title, va="center", fontsize=9)
-    _save(figure, path)
+    save(figure, path)

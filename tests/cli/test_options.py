@@ -75,8 +75,8 @@ def test_negative_numbers_are_values_and_not_options() -> None:
 
 def test_defaults_belong_to_the_option_or_are_given_by_the_program() -> None:
     assert parsed(add=options.symmetry).symmetry == "c1"
-    assert parsed(add=options.resolution).resolution is None
-    assert parsed(add=options.resolution, default=40.0).resolution == 40.0
+    assert parsed(add=options.lowpass).lowpass is None
+    assert parsed(add=options.lowpass, default=40.0).lowpass == 40.0
     with pytest.raises(InputError, match="--mask"):
         parsed(required=True)
     with pytest.raises(TypeError):
@@ -86,7 +86,7 @@ def test_defaults_belong_to_the_option_or_are_given_by_the_program() -> None:
 def test_the_help_names_each_default_that_there_is() -> None:
     parser = options.Parser("emc_try", None)
     options.symmetry(parser)
-    options.resolution(parser)
+    options.lowpass(parser)
     options.subtomograms(parser)
     options.tiltseries_names(parser)
     options.add_standard(parser, options.STANDARD, "0")

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from subtilt_data import blobs, particle_set
 
 from libemc.errors import InputError
 from libemc.methods import average, subtilts
 from libemc.numerics.fsc import fourier_shell_correlation
 from libemc.numerics.masks import soft_sphere
 from libemc.numerics.slices import Band
+from tests.methods.subtilt_data import blobs, particle_set
 
 MEMORY = 1 << 28
 

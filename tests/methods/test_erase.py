@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -171,3 +172,16 @@ def test_only_beads_are_taken_for_beads(contrast):
     first, again = (beads.erase(3, torch.from_numpy(images[3]).float(), PIXEL_SIZE) for _ in range(2))
     assert torch.equal(first, again)
     assert math.isclose(float(first.std()), float(noise[3].std()), rel_tol=0.03)
+
+
+def test_halves_share_no_noise():
+    """An image gets the noise of its number in the stack, alone or among others, and no other image the same."""
+    g, _, images = simulated()
+    whole = Beads.of(record(3), g, range(17), seed=1)
+    odd, even = (Beads.of(record(3), g.select(list(t)), t, seed=1) for t in (range(1, 17, 2), range(0, 17, 2)))
+    image = torch.from_numpy(images[7]).float()
+    assert torch.equal(odd.erase(3, image, PIXEL_SIZE), whole.erase(7, image, PIXEL_SIZE))
+    moved = dataclasses.replace(even, positions=odd.positions, margin=odd.margin)
+    a, b = odd.erase(3, image, PIXEL_SIZE), moved.erase(3, image, PIXEL_SIZE)
+    filled = odd.covered(3, image, PIXEL_SIZE)
+    assert torch.equal(a[~filled], b[~filled]) and not torch.equal(a[filled], b[filled])

@@ -56,8 +56,8 @@ def test_every_fault_gets_its_reason() -> None:
     stack[-1] = np.random.default_rng(2).poisson(0.3, stack[-1].shape)
     found = judged(stack)
     assert set(found) == {0, 3, 8, 11, 12, len(TILTS) - 1}
-    assert found[3] == "constant" and found[8] == "values that are not finite" and found[12] == "the same as image 11"
-    assert found[11] == "the same as image 12"
+    assert found[3] == "constant" and found[8] == "values that are not finite"
+    assert [found[k] for k in (11, 12)] == [f"the same as image {k}{imports.UNDECIDED}" for k in (12, 11)]
     assert found[len(TILTS) - 1].startswith("dark: 0.0")
     assert float(found[0].split()[1]) == pytest.approx(
         1e-4, rel=0.7

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from subtilt_data import blobs, particle_set
 
 from libemc.methods import average, refine, subtilts
 from libemc.numerics.filters import lowpass
 from libemc.numerics.masks import soft_sphere
 from libemc.numerics.rotations import matrix_from_rotvec, random_rotations, rotation_distance
 from libemc.numerics.slices import Band, FourierVolume
+from tests.methods.subtilt_data import blobs, particle_set
 
 MEMORY = 1 << 28
 BOX, PIXEL = 32, 8.0

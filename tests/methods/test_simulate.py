@@ -17,6 +17,7 @@ from torch import Tensor
 
 from libemc.errors import InputError
 from libemc.methods import phantom, simulate
+from libemc.methods.postprocess import resample
 from libemc.methods.simulate import Acquisition, Imaging, Scene, Specimen
 from libemc.numerics import filters, grids
 from libemc.numerics.ctf import Optics
@@ -215,17 +216,18 @@ def test_beads_are_dark_discs_where_the_truth_says() -> None:
 def test_detector_transfer_weakens_detail_and_keeps_the_mean() -> None:
     sharp, soft = (images(scene(imaging=Imaging(mtf=m, defocus_jitter=0.0)))[1].astype(float) for m in (1.0, 0.4))
     assert soft.mean() == pytest.approx(sharp.mean(), rel=1e-6)
-    a, b = (np.abs(np.fft.fft2(i)) for i in (sharp, soft))
-    assert (b[0, 28] / a[0, 28], b[24, 0] / a[24, 0]) == pytest.approx(
-        (0.4 ** (2 * 28 / 110) ** 2, 0.4 ** (2 * 24 / 96) ** 2), rel=1e-3
-    )
+    a, b = (np.fft.fft2(i) for i in (sharp, soft))
+    gain = 0.4 ** (4 * (np.fft.fftfreq(96)[:, None] ** 2 + np.fft.fftfreq(110) ** 2))
+    rounding = abs(a[0, 0]) * 2**-23  # of a transform in float32, of which the mean is by far the largest coefficient
+    assert np.median(abs(a)) > 100 * rounding
+    np.testing.assert_allclose(b, a * gain, rtol=0, atol=rounding)
 
 
 def test_binned_detector_gives_the_same_image() -> None:
     coarse, fine = scene(), scene(oversampling=2)
     assert np.allclose(coarse.truth()["pos2d_px"], fine.truth()["pos2d_px"])
     once = images(coarse)
-    twice = images(fine, [simulate.resample(density(), PIXEL, PIXEL / 2)])
+    twice = images(fine, [resample(density(), 0.5)])
     assert np.allclose(once.mean((1, 2)), twice.mean((1, 2)), rtol=1e-4)
     # where the ends of the band, which a disc of Fourier coefficients cuts off in the one and not in the other, are left out
     a, b = (filters.lowpass(torch.from_numpy(x), PIXEL, 15.0).numpy() for x in (once, twice))
@@ -237,9 +239,12 @@ def test_spoilt_images() -> None:
     here = scene(acquisition=acquisition)
     stack = images(here, noise=True)
     assert stack[1].max() == 0
-    assert stack[0].mean() == pytest.approx(0.01 * images(scene())[0].mean(), rel=0.05)
+    # four times the counting error of 1.2 electrons in each of 96 x 110 pixels
+    assert stack[0].mean() == pytest.approx(0.01 * images(scene())[0].mean(), rel=0.04)
     assert np.hypot(*here.shift[2]) == pytest.approx(0.35 * 96 * PIXEL)
-    assert np.allclose(images(here)[2].mean(), images(scene())[2].mean(), rtol=0.02)
+    assert np.allclose(
+        images(here)[2].mean(), images(scene())[2].mean(), rtol=1e-3
+    )  # a thousandth: the particle's share
     assert here.truth()["bad"] == [0, 1, 2]
     with pytest.raises(InputError, match="no image 7 can be dark"):
         scene(acquisition=dataclasses.replace(THREE, bad=((7, "dark"),)))
@@ -413,7 +418,7 @@ def test_maps_of_any_units_become_potentials() -> None:
 
 @pytest.mark.parametrize("new", [4.0, 7.7])
 def test_resampled_maps_are_the_same_particle(new: float) -> None:
-    resampled = simulate.resample(density(), PIXEL, new)
+    resampled = resample(density(), new / PIXEL)
     box = resampled.shape[-1]
     direct = phantom.density(phantom.particle(), box, new)
     coarse = max(new, PIXEL)

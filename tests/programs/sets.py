@@ -1,20 +1,33 @@
-"""Particle sets made by the forward model, for the tests of what reads and writes particle sets."""
+"""Particle sets for the tests of what reads and writes them: made by the forward model, or cut out of images by hand."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
+import emc_extract
 from libemc import records
 from libemc.io import mrc
 from libemc.numerics import rotations, slices
 from libemc.numerics.ctf import Optics, ctf
 from libemc.numerics.dose import exposure_filter
+from tests.by_hand import HandSeries
 
 OPTICS = Optics(300.0, 2.7, 0.07)
 ASTIGMATISM, ANGLE, PHASE = 700.0, 25.0, 10.0
+
+
+def extracted_by_hand(folder: Path, series: HandSeries) -> Path:
+    """Make a project of a folder, with the set `ribo` of the particles of a hand-made tilt series in boxes of 32."""
+    series.write(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        argv = [series.name, "--label", "ribo", "--set", "ribo", "--box", "32", "--quiet"]
+        assert emc_extract.program.main(argv) == 0
+    return folder
 
 
 def tilt_set(

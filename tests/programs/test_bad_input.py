@@ -13,7 +13,6 @@ import json
 import os
 import resource
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from by_hand import PIXEL, HandSeries, blobs_map, mrc_bytes
-
 from libemc import project as rooms
+from tests.by_hand import PIXEL, HandSeries, blobs_map, mrc_bytes
 
 SERIES = HandSeries(
     name="TS_01", shape=(100, 111), tilts=(-40.0, -20.0, 0.0, 20.0, 40.0), noise=0.3, particles=4, magnify=0.0
@@ -269,7 +266,7 @@ CASES = {
     "extract: nothing named": case("emc_extract --label ribo --set new --box 24", None, "--all"),
     "extract: no such series": case(EXTRACT.replace("TS_01", "TS_02"), None, "TS_02", "did you mean TS_01"),
     "extract: not aligned": case(EXTRACT, drop(INFO, "alignment"), INFO, "alignment", "run emc_tomogram TS_01"),
-    "extract: no picks": case(EXTRACT, drop(INFO, "picks"), INFO, "picks", "run emc_"),
+    "extract: no picks": case(EXTRACT, drop(INFO, "picks"), INFO, "picks", "emc_import --picks"),
     "extract: other label": case(EXTRACT.replace("label ribo", "label gold"), None, INFO, "'gold'", "there are ribo"),
     "extract: nobody has them": case("emc_extract --all --label gold --set new --box 24", None, "info", "'gold'"),
     "extract: points and angles": case(
@@ -415,9 +412,9 @@ CASES = {
     # tomograms
     "tomogram: not aligned": case(TOMOGRAM, drop(INFO, "alignment"), INFO, "alignment", "run emc_tomogram"),
     "tomogram: aligned already": case("emc_tomogram TS_01 --quiet", None, INFO, "aligned already", "--load"),
-    "tomogram: no CTF": case(f"{TOMOGRAM} --ctf wiener", drop(INFO, "ctf"), INFO, "ctf", "run emc_tomoctf"),
+    "tomogram: no CTF": case(f"{TOMOGRAM} --ctf wiener", drop(INFO, "ctf"), INFO, "ctf", "emc_import --alignment"),
     "tomogram: deconvolution without CTF": case(
-        f"{TOMOGRAM} --deconvolve", drop(INFO, "ctf"), INFO, "ctf", "run emc_tomoctf"
+        f"{TOMOGRAM} --deconvolve", drop(INFO, "ctf"), INFO, "ctf", "emc_import --alignment"
     ),
     "tomogram: no strength": case(f"{TOMOGRAM} --deconvolve=-1", None, "--deconvolve", "-1"),
     "tomogram: tag with a folder": case(f"{TOMOGRAM} --tag a/b", None, "--tag", "a/b"),

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import mrcfile
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from by_hand import PIXEL, HandSeries, blobs_map, mrc_bytes, shell_correlation
-
 import emc_average
-import emc_extract
+from tests.by_hand import PIXEL, HandSeries, blobs_map, mrc_bytes, shell_correlation
+from tests.programs.sets import extracted_by_hand
 
 FILES = {"average.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "fsc.json", "fsc.png", "average.png", "run.json"}
 
@@ -23,13 +20,7 @@ FILES = {"average.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "fsc.json", "fsc.p
 @pytest.fixture(scope="module")
 def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with an extracted set of 16 particles in 11 tilts."""
-    folder = tmp_path_factory.mktemp("extracted")
-    HandSeries(noise=0.3, particles=16).write(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        argv = ["TS_hand", "--label", "ribo", "--set", "ribo", "--box", "32", "--quiet"]
-        assert emc_extract.program.main(argv) == 0
-    return folder
+    return extracted_by_hand(tmp_path_factory.mktemp("extracted"), HandSeries(noise=0.3, particles=16))
 
 
 @pytest.fixture

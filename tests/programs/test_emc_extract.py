@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import mrcfile
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from by_hand import PIXEL, HandSeries, blobs_image, blobs_map, filtered, pose
-
 import emc_extract
+from tests.by_hand import PIXEL, HandSeries, blobs_image, blobs_map, filtered, pose
 
 ARGV = ("--label", "ribo", "--set", "ribo", "--box", "32", "--quiet")
 
@@ -243,6 +240,17 @@ def test_what_another_wrote_is_not_replaced(series: HandSeries, capsys: pytest.C
     assert ran("TS_hand", *ARGV) == 2
     assert "--overwrite" in capsys.readouterr().err and files_of(Path("particles")) == before
     assert ran("TS_hand", *ARGV, "--overwrite") == 0
+
+
+def test_a_subtomogram_of_anothers_is_found_before_the_work(
+    series: HandSeries, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = Path("particles/ribo/subtomograms/TS_hand_000007.mrc")
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert ran("TS_hand", *ARGV, "--subtomograms") == 2
+    assert f"{mine}: exists, and emc_extract did not write it" in capsys.readouterr().err
+    assert files_of(Path("particles")) == {"ribo/subtomograms/TS_hand_000007.mrc": b"mine"}
 
 
 def test_memory_does_not_change_what_is_cut(series: HandSeries) -> None:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import mrcfile
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from by_hand import PIXEL, HandSeries, blobs_map, mrc_bytes, pose, shell_correlation
-
 import emc_average
-import emc_extract
 import emc_refine
+from tests.by_hand import PIXEL, HandSeries, blobs_map, mrc_bytes, pose, shell_correlation
+from tests.programs.sets import extracted_by_hand
 
 SERIES = HandSeries(noise=0.3, particles=12)
 LOCAL = ("ribo", "--reference", "ref.mrc", "--startres", "14", "--local")
@@ -27,12 +24,7 @@ MAPS = ("average.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "fsc.json", "fsc.pn
 @pytest.fixture(scope="module")
 def shaken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with a set whose poses are off by 4° about each axis and 2 Å along it, rms, and a reference."""
-    folder = tmp_path_factory.mktemp("shaken")
-    SERIES.write(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        argv = ["TS_hand", "--label", "ribo", "--set", "ribo", "--box", "32", "--quiet"]
-        assert emc_extract.program.main(argv) == 0
+    folder = extracted_by_hand(tmp_path_factory.mktemp("shaken"), SERIES)
     path, rng = folder / "particles/ribo/TS_hand.json", np.random.default_rng(0)
     content = json.loads(path.read_text())
     for particle in content["particles"]:

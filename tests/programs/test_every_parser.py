@@ -25,7 +25,7 @@ FILES = sorted((ROOT / "programs").glob("*.py"))
 NAMES = [file.stem for file in FILES]
 each_program = pytest.mark.parametrize("name", NAMES)
 
-MOST_LINES_OF_A_PROGRAM = 200
+MOST_LINES_OF_A_PROGRAM = 170
 MOST_LINES_OF_ITS_MAIN = 60
 """A program that grows beyond these has something in it that belongs into the library."""
 
@@ -197,8 +197,8 @@ def test_the_walk_sees_what_it_should() -> None:
         add(parser, **settings)  # type: ignore[operator]
         return parser._actions[-1]
 
-    shared, other = action(options.resolution), action(options.resolution, default=40.0)
-    assert differences({"--resolution": [("emc_a", shared), ("emc_b", other)]}) == []
-    own = action(lambda parser: parser.add_argument("--resolution", type=float, metavar="A", help="resolution"))
-    lines = differences({"--resolution": [("emc_a", shared), ("emc_b", own)]})
+    shared, other = action(options.lowpass), action(options.lowpass, default=40.0)
+    assert differences({"--lowpass": [("emc_a", shared), ("emc_b", other)]}) == []
+    own = action(lambda parser: parser.add_argument("--lowpass", type=float, metavar="A", help="resolution"))
+    lines = differences({"--lowpass": [("emc_a", shared), ("emc_b", own)]})
     assert len(lines) == 2 and "help, type in emc_a and in emc_b" in lines[0] and "themselves" in lines[1]

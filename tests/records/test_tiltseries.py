@@ -45,14 +45,19 @@ def test_unknown_name_lists_the_known(series: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "program"),
-    [("alignment", "emc_tomogram"), ("ctf", "emc_tomoctf"), ("tomograms", "emc_tomogram"), ("picks", "emc_tempmatch")],
+    ("section", "remedy"),
+    [
+        ("alignment", "run emc_tomogram TS_01"),
+        ("ctf", "import it with emc_import --alignment FILE... TS_01"),
+        ("tomograms", "run emc_tomogram TS_01"),
+        ("picks", "import some with emc_import --picks FILE --label L TS_01"),
+    ],
 )
-def test_missing_section_says_which_program_makes_it(series: Path, section: str, program: str) -> None:
+def test_missing_section_says_how_it_is_made(series: Path, section: str, remedy: str) -> None:
     record = load_tiltseries("TS_01")
     assert need(record, section) == getattr(record, section)  # type: ignore[call-overload]
     undone = record.model_copy(update={section: () if section == "tomograms" else None})
-    with pytest.raises(InputError, match=f"section {section} is not done yet; run {program} TS_01"):
+    with pytest.raises(InputError, match=f"section {section} is not done yet; {remedy}$"):
         need(undone, section)  # type: ignore[call-overload]
 
 

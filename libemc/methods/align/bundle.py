@@ -280,7 +280,6 @@ class Normal:
     """The normal equations around a geometry, points eliminated.
 
     Attributes:
-        matrix: (6 T, 6 T); vector: (6 T,), both for a step from `at`, of all landmarks.
         at: (6 T,) the geometry.
         coupling: (6 T, P, 3) L⁻¹ times the coupling of geometry and points; factor: (P, 3, 3) L, the points' Cholesky.
         pull: (P, 3) L⁻¹ times the points' gradient.

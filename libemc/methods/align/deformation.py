@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 
 from libemc.methods.align.bundle import (
     TOLERANCE,
@@ -42,6 +43,10 @@ LEAST_LANDMARKS = 8
 CLEARLY = 2.0  # standard errors by which a field must predict held-out landmarks better than none
 WORTH = 0.01  # and the part of their squared residual that it must take away
 STEPS = 8
+NEAREST = 3  # landmarks beside each, whose residuals are compared with its own
+FEWEST = 20  # landmarks from which neighbours are near enough for that
+OUTLIER = 9.0  # times the median square of a residual at which one is cut off
+LEAST_USED = 4  # tilts
 
 
 @dataclass(frozen=True)
@@ -263,3 +268,38 @@ def _solve(problem: Problem, fit: Fit, warp: Warp, strength: float) -> tuple[Arr
     problem.warped = _displaced(warp.at(problem.geometry.project(problem.points)), warp, amplitudes)
     problem.reweigh(tukey=True)
     return amplitudes, system
+
+
+def wandering(residual: Array, points: Array, directions: Array, order: Array) -> Array:
+    """How far the specimen has moved locally in each tilt from where it was before the first: root mean square, Å, (T,).
+
+    Points move as in a random walk from exposure to exposure. The landmarks' places take up part of that, known from the
+    geometry; the residuals say how much the rest is. Errors of measurement are each landmark's own, and neighbours that are
+    off in the same way move with the specimen. Of few landmarks, which have no near neighbours, all that is left counts.
+
+    Args:
+        residual: (T, P, 2) Å, NaN where not measured; points: (P, 3) Å.
+        directions: (T, 2, 3): what a motion in space is in the images; order: (T,) when each was taken.
+    """
+    seen: NDArray[np.bool_] = np.asarray(np.isfinite(residual).all(-1))
+    used = np.flatnonzero(seen.any(1))
+    left = np.where(seen[..., None], residual, 0.0)
+    squares = (left**2).sum(-1)
+    if len(used) < LEAST_USED:
+        return np.zeros(len(seen))
+    limit = OUTLIER * float(np.median(squares[seen]))
+    if len(points) >= FEWEST:
+        near = cKDTree(points[:, :2]).query(points[:, :2], NEAREST + 1)[1]
+        one, other = np.repeat(np.arange(len(points)), NEAREST), near[:, 1:].ravel()
+    else:
+        one = other = np.arange(len(points))
+    products = np.clip((left[:, one] * left[:, other]).sum(-1), -limit, limit)
+    mean = float(products.sum() / max((seen[:, one] & seen[:, other]).sum(), 1))
+    steps = np.empty(len(seen))
+    steps[np.argsort(order)] = np.arange(1, len(seen) + 1)
+    along = np.minimum(steps[used, None], steps[used])
+    seen_as = directions[used].reshape(-1, 3)
+    walk = (seen_as @ seen_as.T) * np.kron(along, np.ones((2, 2)))
+    basis = np.linalg.qr(seen_as)[0]
+    kept = float(np.trace(walk) - np.trace(basis.T @ walk @ basis)) / len(used)
+    return np.asarray(np.sqrt(max(mean, 0.0) / kept * steps * (directions**2).sum((1, 2))))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from libemc.methods.align.landmarks import blurred
@@ -26,7 +27,14 @@ APART = 6.0  # voxels
 MOST_CANDIDATES = 60
 LOWEST_TILTS = 15  # images that a candidate is judged by
 CONTRAST, ROUNDNESS = 1.0, 0.8  # of a bead: in a single image; of its mean image
-MAJORITY = 0.5  # of the darkest spots: when fewer look like beads, none is
+MAJORITY = 0.5  # of the spots as dark as beads: when fewer look like beads, none is
+STREAK = 2.0  # of a bead's diameter: what is dark so far beside one is of its making
+PATCH = 250.0  # Å on either side that a candidate is judged by
+LEAST_PATCHES = 3
+DEPTH, DEPTH_STEP = 4400.0, 100.0  # Å along the beam in which gold is looked for
+BLUR = 30.0  # Å
+ONE_COLUMN = 60.0  # Å: candidates nearer to each other in the lowest tilt are one
+FRINGE = 0.9  # of a bead's diameter: how far from its middle it hides the specimen
 ALIKE = 1.3  # ratio of diameters within which beads are of one kind
 
 
@@ -114,45 +122,104 @@ def likeness(patches: Tensor, pixel_size: float) -> Likeness:
     return Likeness(2 * place * pixel_size, round_, contrast, centre.double() * pixel_size)
 
 
+class _Column:
+    """What some images show of the points above and below one another."""
+
+    def __init__(
+        self, images: NDArray[np.float32], pixel_size: float, geometry: TiltGeometry, tilts: list[int]
+    ) -> None:
+        self.images, self.pixel_size, self.geometry = images[tilts], pixel_size, geometry.select(tilts)
+        self.blurred = gaussian_filter(self.images, (0, BLUR / pixel_size, BLUR / pixel_size), truncate=3.0)
+        self.half = math.ceil(PATCH / pixel_size)
+        self.direction = self.geometry.matrices[0, 2]  # of the beam in the image of the lowest tilt
+
+    def patches(self, images: NDArray[np.float32], point: Tensor) -> NDArray[np.float32]:
+        """(J, 2·half+1, 2·half+1) of the images that show all of it."""
+        rows, columns = images.shape[1:]
+        at = (self.geometry.project(point[None])[0][0] / self.pixel_size).round().long()
+        h, out = self.half, []
+        for (x, y), image in zip((at + torch.tensor([columns // 2, rows // 2])).tolist(), images, strict=True):
+            if h <= x < columns - h and h <= y < rows - h:
+                out.append(image[y - h : y + h + 1, x - h : x + h + 1])
+        return np.stack(out) if out else np.zeros((0, 2 * h + 1, 2 * h + 1), np.float32)
+
+    def darkest(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """The point of a column at which the mean image is darkest, in the middle or near it; its patches."""
+        best, where = -math.inf, point
+        near = math.ceil(ONE_COLUMN / self.pixel_size)
+        inner = slice(self.half - near, self.half + near + 1)
+        for depth in np.arange(-DEPTH / 2, DEPTH / 2 + 1, DEPTH_STEP):
+            at = point + (float(depth) - point @ self.direction) * self.direction
+            patches = self.patches(self.blurred, at)
+            if len(patches) < LEAST_PATCHES:
+                continue
+            mean = patches.mean(0)
+            darkness = math.sqrt(len(patches)) * float(np.median(mean) - mean[inner, inner].min())
+            if darkness > best:
+                best, where = darkness, at
+        return where, torch.from_numpy(self.patches(self.images, where))
+
+
 def recognise(images: NDArray[np.float32], pixel_size: float, geometry: TiltGeometry, points: Tensor) -> Beads | None:
     """Those of some points that are gold, if any.
+
+    How high a bead lies a coarse tomogram of a few tilts hardly tells: along the beam the darkest place counts.
 
     Args:
         images: (T, y, x) fine enough to see the beads' outline, mean about 0, dark specimen.
         points: (P, 3) Å.
     """
-    half = math.ceil(250.0 / pixel_size)
     order = torch.argsort(geometry.matrices[:, 2, 2], descending=True).tolist()
-    tilts = [j for j in order if bool(geometry.use[j])][:LOWEST_TILTS]
-    where = geometry.project(points)[0] / pixel_size
-    rows, columns = images.shape[1:]
+    column = _Column(images, pixel_size, geometry, [j for j in order if bool(geometry.use[j])][:LOWEST_TILTS])
+    across = column.geometry.matrices[0, :2]
     found: list[tuple[Tensor, Likeness]] = []
-    judged = passed = 0
-    for point, at in zip(points, where, strict=True):
-        patches = []
-        for j in tilts:
-            x, y = round(float(at[j, 0])) + columns // 2, round(float(at[j, 1])) + rows // 2
-            if half <= x < columns - half and half <= y < rows - half:
-                patches.append(images[j, y - half : y + half + 1, x - half : x + half + 1])
-        if len(patches) < 3:
+    tried: list[Tensor] = []  # the darkest first
+    rank: list[int] = []
+    for point in points:
+        if any(float((across @ (point - other)).norm()) < ONE_COLUMN for other in tried):
             continue
-        judged += 1
-        like = likeness(torch.from_numpy(np.stack(patches)), pixel_size)
+        tried.append(point)
+        middle, patches = column.darkest(point)
+        if len(patches) < LEAST_PATCHES:
+            continue
+        like = likeness(patches, pixel_size)
         if like.roundness >= ROUNDNESS and like.contrast >= CONTRAST and like.diameter > 0:
-            passed += 1
-            middle = geometry.matrices[tilts[0]]
-            moved = point + middle[:2].T @ like.offset
-            if all(float((moved - other).norm()) > 0.8 * like.diameter for other, _ in found):
+            moved = middle + across.T @ like.offset
+            if all(float((across @ (moved - other)).norm()) > 0.8 * like.diameter for other, _ in found):
                 found.append((moved, like))
-    if not found or passed < MAJORITY * judged:
+                rank.append(len(tried) - 1)
+    if not found:
         return None
     diameters = np.array([like.diameter for _, like in found])
+    # a bead has dark streaks above and below it, which lie beside it in the tomogram of a poor alignment
+    beside = torch.stack([torch.stack([(across @ (p - q)).norm() for q, _ in found]).min() for p in tried])
+    as_dark = beside[: int(np.median(rank)) + 1]
+    if len(found) < MAJORITY * (len(found) + int((as_dark > STREAK * np.median(diameters)).sum())):
+        return None
     # of one kind: as many as possible
     kinds = [np.abs(np.log(diameters / d)) <= math.log(ALIKE) for d in diameters]
     kind = max(kinds, key=lambda k: k.sum())
     return Beads(
         torch.stack([p for (p, _), k in zip(found, kind, strict=True) if k]), float(np.median(diameters[kind]))
     )
+
+
+def without(
+    images: NDArray[np.float32], pixel_size: float, geometry: TiltGeometry, beads: Beads
+) -> NDArray[np.float32]:
+    """Images (T, y, x), mean about 0, that are 0 where the beads are, and as far around as their fringes reach."""
+    out = images.copy()
+    radius = math.ceil(FRINGE * beads.diameter / pixel_size)
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    y, x = (v[np.hypot(y, x) <= radius] for v in (y, x))
+    rows, columns = images.shape[1:]
+    middle = torch.tensor([columns // 2, rows // 2])
+    at = (geometry.project(beads.points)[0] / pixel_size).round().long() + middle
+    for j in range(len(images)):
+        for column, row in at[:, j].tolist():
+            inside = (row + y >= 0) & (row + y < rows) & (column + x >= 0) & (column + x < columns)
+            out[j, (row + y)[inside], (column + x)[inside]] = 0.0
+    return out
 
 
 def compare(images: NDArray[np.float32], scale: Scale, geometry: TiltGeometry, beads: Beads, noise: Tensor) -> Evidence:
@@ -182,3 +249,21 @@ def compare(images: NDArray[np.float32], scale: Scale, geometry: TiltGeometry, b
     cross = value * (template * factor)
     strength = (template.square() * factor).sum().expand(len(value)) / 2
     return Evidence(scale, cross, shown.T, torch.stack(where, 1), torch.ones(len(images)), strength, None)
+
+
+def presence(evidence: Evidence, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of the mean bead there is in each image, at its beads' places moved by one displacement.
+
+    Args:
+        evidence: of `compare`; shift: (T, 2) Å, of `tracks.vote`.
+
+    Returns:
+        (T,) part of the mean bead, 1 for all of it, 0 where an image shows no bead of those it should; and its standard
+        deviation.
+    """
+    band, n = evidence.scale.band, evidence.scale.box
+    k = torch.stack([band.kx, band.ky], 1).double() * (2 * math.pi / n)
+    turn = torch.exp(1j * ((shift / evidence.scale.pixel_size) @ k.T))
+    like = (evidence.cross.to(torch.complex128) * turn).real.sum(-1).T  # (T, P)
+    expected = 2 * (evidence.strength.double() * evidence.seen).sum(1)
+    return (like * evidence.seen).sum(1) / expected.clamp_min(1e-9), expected.clamp_min(1e-9).rsqrt()

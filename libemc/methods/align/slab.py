@@ -10,7 +10,7 @@ better than many in between (the least-squares plane of N points in a layer is o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -284,6 +284,30 @@ def measure(first: NDArray[Any], second: NDArray[Any], pixel_size: float) -> Sla
     outermost = distance > slab.thickness / 2 - 2 * FACE
     extent = _extent(one * other, places[outermost & (distance <= slab.thickness)], pixel_size)
     return Slab(slab.normal, slab.height, slab.thickness + 2 * extent, slab.angle_error, slab.points, slab.inside)
+
+
+def between(points: Array, radius: float) -> Slab | None:
+    """The layer of balls (Å: places (P, 3) and their radius) that lie on its two faces; None where they tell no plane."""
+    slab = plane_of_points(points)
+    if slab is None:
+        return None
+    height = points @ np.array(slab.normal) - slab.height * slab.normal[2]
+    within = height[np.abs(height) <= slab.thickness / 2]
+    low, high = float(within.min()), float(within.max())
+    return replace(slab, height=slab.height + (low + high) / 2 / slab.normal[2], thickness=high - low + 2 * radius)
+
+
+def holding(slab: Slab, points: Array, radius: float) -> Slab:
+    """The slab, thicker on either side where balls (Å: places (P, 3) and their radius) would lie outside of it.
+
+    Balls farther outside than the slab is thick have nothing to do with it.
+    """
+    middle = slab.height * slab.normal[2]
+    height = points @ np.array(slab.normal) - middle
+    near = height[np.abs(height) <= 1.5 * slab.thickness] if len(points) else height
+    low = min(-slab.thickness / 2, float((near - radius).min(initial=0.0)))
+    high = max(slab.thickness / 2, float((near + radius).max(initial=0.0)))
+    return replace(slab, height=(middle + (low + high) / 2) / slab.normal[2], thickness=high - low)
 
 
 # ------------------------------------------------------------------------------------------------------ the alignment

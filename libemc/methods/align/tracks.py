@@ -22,6 +22,7 @@ from torch import Tensor
 from libemc.methods.subtilts import TiltGeometry
 from libemc.numerics.masks import soft_disc
 from libemc.numerics.overlap import Overlap, couplings, predict
+from libemc.numerics.patches import cut_patches
 from libemc.numerics.slices import Band
 
 WINDOW = 0.8  # diameter of what is looked at, over the box
@@ -128,26 +129,20 @@ class Cutter:
 
     def __call__(self, point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Spectra (T, 2n, n+1) with the point at pixel 0; which images show it (T,); where it is, (T, 2) Å."""
-        n, (rows, columns) = self.scale.box, self.images.shape[1:]
+        n, size = self.scale.box, self.images.shape[:0:-1]
         where = self.geometry.project(point[None])[0][0]
-        at = where / self.scale.pixel_size + torch.tensor([columns // 2, rows // 2], dtype=torch.float64)
-        whole = torch.round(at)
-        margin = n // 4
-        limit = torch.tensor([columns - 1 - margin, rows - 1 - margin], dtype=torch.float64)
-        seen = ((whole >= margin) & (whole <= limit)).all(dim=1)
-        patches = np.zeros((len(at), n, n), np.float32)
-        for j in torch.nonzero(seen)[:, 0].tolist():
-            x, y = (whole[j].long() - n // 2).tolist()
-            x0, x1, y0, y1 = max(x, 0), min(x + n, columns), max(y, 0), min(y + n, rows)
-            patches[j, y0 - y : y1 - y, x0 - x : x1 - x] = self.images[j, y0:y1, x0:x1]
-        cut = torch.from_numpy(patches)
+        position = where / self.scale.pixel_size
+        cut, rest = cut_patches(self.images, position, n)
+        pixel = position - rest + torch.tensor([length // 2 for length in size])
+        seen = ((pixel >= n // 4) & (pixel < torch.tensor(size) - n // 4)).all(dim=1)
+        cut[~seen] = 0
         inside = self.window * (cut != 0)
         mean = (cut * inside).sum((1, 2), keepdim=True) / inside.sum((1, 2), keepdim=True).clamp_min(1)
         cut = (cut - mean) * inside
-        padded = torch.zeros(len(at), 2 * n, 2 * n)
+        padded = torch.zeros(len(cut), 2 * n, 2 * n)
         padded[:, n // 2 : n // 2 + n, n // 2 : n // 2 + n] = cut
         spectra = torch.fft.rfft2(torch.roll(padded, (-n, -n), dims=(1, 2)))
-        rest = (at - whole).float()
+        rest = rest.float()
         turns = rest[:, :1] * self.k_x, rest[:, 1:] * self.k_y
         phases = [torch.polar(torch.ones_like(t), 2 * math.pi * t) for t in turns]
         spectra *= phases[1][:, :, None] * phases[0][:, None, :]
@@ -256,14 +251,14 @@ def _blur(maps: Tensor) -> Tensor:
     return maps
 
 
-def vote(evidence: Evidence) -> tuple[Tensor, Tensor]:
+def vote(evidence: Evidence) -> Tensor:
     """How far each image as a whole is off, by all its landmarks.
 
     Every landmark's likelihood is a density over the displacements, part of which (`EPSILON`) is spread evenly: none can
     outvote the others.
 
     Returns:
-        (T, 2) Å, and the log-odds (T,) of the best displacement against the second best, at least three pixels away.
+        (T, 2) Å.
     """
     reach = _reach(evidence)
     side = 2 * reach + 1
@@ -278,15 +273,10 @@ def vote(evidence: Evidence) -> tuple[Tensor, Tensor]:
     total.masked_fill_(~disc, -torch.inf)
     best = total.flatten(1).argmax(1)
     y, x = best // side, best % side
-    near = (
-        torch.hypot((u - (x[:, None] - reach))[:, None, :].float(), (u - (y[:, None] - reach))[:, :, None].float()) < 3
-    )
-    top = total.flatten(1).gather(1, best[:, None])[:, 0]
-    second = total.masked_fill(near, -torch.inf).flatten(1).max(1).values
     shift = torch.stack([x - reach, y - reach], 1).double()
     for j in range(len(total)):
         shift[j] += _centroid(total[j], int(y[j]), int(x[j]))
-    return shift * evidence.scale.pixel_size, (top - second).double()
+    return shift * evidence.scale.pixel_size
 
 
 def _centroid(logs: Tensor, y: int, x: int) -> Tensor:

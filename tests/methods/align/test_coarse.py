@@ -1,4 +1,4 @@
-"""Coarse alignment of slabs whose geometry is known."""
+"""Coarse alignment of slabs whose geometry is known: from the images and nominal angles to shifts, axis and doubts."""
 
 from __future__ import annotations
 
@@ -7,50 +7,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
 
 from libemc.errors import InputError
 from libemc.io import mrc
-from libemc.methods.align import coarse as align
-from libemc.numerics.fourier import centre_crop, centre_pad, fourier_shift
+from libemc.methods.align import coarse
+from libemc.methods.align.axis import Pairs
+from libemc.methods.align.images import SMALL_SIZE
 from libemc.numerics.rotations import tilt_matrices
-from libemc.records import Source, Tilts, TiltSeriesRecord
+from tests.methods.align.slab_series import PIXEL_SIZE, SHAPE, TILTS, about, prepared, slab_images, slab_series
 
-PIXEL_SIZE = 20.0  # Å
-SHAPE = (100, 90)
-TILTS = np.linspace(-54, 54, 19)
-
-
-def slab_images(axis, shift, seed=0, noise=0.5):
-    """Projections of 250 dark blobs of 40 Å in a slab of 300 Å, larger than the field; noise after it."""
-    rng = np.random.default_rng(seed)
-    points = (rng.random((250, 3)) - 0.5) * [4200, 4200, 300]
-    matrices = tilt_matrices(axis, torch.from_numpy(TILTS), 0.0).numpy()
-    y, x = [(np.arange(n) - n // 2) * PIXEL_SIZE for n in SHAPE]
-    images = []
-    for matrix, s in zip(matrices, shift, strict=True):
-        q = points @ matrix[:2].T + s
-        image = -np.exp(
-            -((x - q[:, 0, None]) ** 2)[:, None] / 3200 - ((y - q[:, 1, None]) ** 2)[:, :, None] / 3200
-        ).sum(0)
-        images.append(image + noise * gaussian_filter(rng.standard_normal(SHAPE), 0.5))
-    return np.array(images, np.float32)
-
-
-def record(axis=None, use=None):
-    count = len(TILTS)
-    source = Source(
-        stack="s.mrc",
-        shape=(count, *SHAPE),
-        pixel_size=PIXEL_SIZE,
-        voltage=300.0,
-        cs=2.7,
-        amplitude_contrast=0.07,
-        tilt_axis=axis,
-    )
-    return TiltSeriesRecord(
-        name="s", source=source, tilts=Tilts(nominal=tuple(TILTS.tolist()), use=use or (True,) * count)
-    )
+EVERY = [True] * len(TILTS)
 
 
 def shift_error(found, shift, matrices, use):
@@ -61,35 +27,42 @@ def shift_error(found, shift, matrices, use):
     return float(np.sqrt(2 * np.mean((difference - moved) ** 2)))
 
 
-def shifts_of(alignment):
-    return np.array([alignment.shift_x, alignment.shift_y]).T
+def axis_error(found, axis):
+    return abs((found - axis + 90) % 180 - 90)
 
 
 @pytest.fixture(scope="module")
 def series():
-    shift = np.cumsum(np.random.default_rng(3).normal(0, 25, (len(TILTS), 2)), axis=0)
-    return slab_images(35.0, shift), shift, tilt_matrices(35.0, torch.from_numpy(TILTS), 0.0).numpy()
+    return slab_series()
 
 
-def prepared(images, use=None, size=align.WORKING_SIZE):
-    return align.prepare(images.__getitem__, images.shape, PIXEL_SIZE, use or [True] * len(images), size)
+def start(images, axis=None, use=EVERY, order=None, tilt=TILTS):
+    return coarse.start(images.__getitem__, images.shape, PIXEL_SIZE, list(tilt), use, axis, order)
 
 
 def test_shifts_are_found(series):
     images, shift, matrices = series
-    found = align.align(prepared(images), align.nominal(record(), 35.0), first_pass=True)
-    use = np.ones(len(TILTS), bool)
+    found = start(images, 35.0)
+    assert found.use.all()
+    assert found.reason == (None,) * len(TILTS)
+    assert not found.hand_open
     assert np.std(shift) > PIXEL_SIZE
+    assert axis_error(found.axis, 35.0) < 0.8  # half a pixel at the field's edge
     # a tenth of a pixel between neighbours, added up over nine tilts to either side at random
-    assert shift_error(shifts_of(found), shift, matrices, use) < 0.3 * PIXEL_SIZE
-    assert 0 < found.loss[-1] < found.loss[0] + 0.01 < 1  # converged after the first pass
-    residual = [r for r in found.residual if r is not None]
-    assert len(residual) == len(TILTS) - 2
-    assert np.median(residual) < 0.3 * PIXEL_SIZE
-    # the slab, which has no middle to be seen but its detail, is put at z = 0 and measured
-    middle = np.linalg.lstsq(matrices[:, :2].reshape(-1, 3), (shifts_of(found) - shift).reshape(-1), rcond=None)[0][2]
+    assert shift_error(found.shift, shift, matrices, found.use) < 0.3 * PIXEL_SIZE
+    # the slab, which has no middle to be seen but its detail, is put at z = 0
+    middle = np.linalg.lstsq(matrices[:, :2].reshape(-1, 3), (found.shift - shift).reshape(-1), rcond=None)[0][2]
     assert abs(middle) < 75.0
-    assert 150.0 < found.thickness < 600.0
+    assert found.thickness == coarse.LEAST_SLAB  # and is thinner than what is assumed at least
+
+
+def test_a_given_axis_is_refined(series):
+    """From three degrees away; and it's the end of the axis that was meant, not its opposite."""
+    images, shift, _ = series
+    found = start(images, 218.0)
+    assert abs(found.axis - 215.0) < 0.8  # half a pixel at the field's edge
+    assert not found.hand_open
+    assert shift_error(found.shift, shift, about(215.0), found.use) < 0.3 * PIXEL_SIZE  # as with the right one
 
 
 def test_blank_and_excluded_images(series):
@@ -100,74 +73,51 @@ def test_blank_and_excluded_images(series):
     use = [j != 11 for j in range(len(TILTS))]
     ready = prepared(images, use)
     assert [j for j, usable in enumerate(ready.usable.tolist()) if not usable] == [4, 11]
-    found = align.align(ready, align.nominal(record(), 35.0), first_pass=True)
-    good = np.array(use) & (np.arange(len(TILTS)) != 4)
-    assert shift_error(shifts_of(found), shift, matrices, good) < 0.3 * PIXEL_SIZE
-    assert found.residual[4] is None
-    assert found.residual[11] is None
-    between = (shifts_of(found)[3] + shifts_of(found)[5]) / 2  # equal steps of tilt
-    assert np.allclose(
-        shifts_of(found)[4], between, atol=0.01 * PIXEL_SIZE
-    )  # moving the slab to z = 0 bends it a little
+    assert not ready.pixels[[4, 11]].any()
+    found = start(images, 35.0, use)
+    assert {j: r for j, r in enumerate(found.reason) if r} == {4: "shows nothing", 11: "excluded"}
+    assert np.flatnonzero(~found.use).tolist() == [4, 11]
+    assert shift_error(found.shift, shift, matrices, found.use) < 0.3 * PIXEL_SIZE
+    for j in (4, 11):
+        between = (found.shift[j - 1] + found.shift[j + 1]) / 2  # equal steps of tilt
+        # moving the slab to z = 0 bends it a little
+        assert np.allclose(found.shift[j], between, atol=0.01 * PIXEL_SIZE)
 
 
-def test_refinement_goes_on_from_what_there_is(series):
+def test_an_image_of_something_else_is_left_out(series):
+    """Noise at its place, or other blobs: the others are placed as if it weren't there."""
     images, shift, matrices = series
-    base = align.nominal(record(), 35.0)
-    moved = shift + np.random.default_rng(5).normal(0, 20, shift.shape)
-    base = base.model_copy(update={"shift_x": tuple(moved[:, 0]), "shift_y": tuple(moved[:, 1]), "thickness": 300.0})
-    found = align.align(prepared(images), base, first_pass=False)
-    use = np.ones(len(TILTS), bool)
-    assert shift_error(moved, shift, matrices, use) > PIXEL_SIZE
-    assert shift_error(shifts_of(found), shift, matrices, use) < 0.3 * PIXEL_SIZE
-    lowest = len(TILTS) // 2
-    assert np.allclose(shifts_of(found)[lowest], moved[lowest])  # the lowest tilt stays
-    assert found.thickness == 300.0
+    images = images.copy()
+    images[7] = slab_images(-60.0, shift, seed=5)[7]
+    images[14] = np.random.default_rng(1).normal(size=SHAPE)
+    found = start(images, 35.0)
+    assert np.flatnonzero(~found.use).tolist() == [7, 14]
+    assert all("agrees with the others" in found.reason[j] for j in (7, 14))
+    assert shift_error(found.shift, shift, matrices, found.use) < 0.3 * PIXEL_SIZE
 
 
-def test_axis_is_found():
-    axis = -88.0
-    shift = np.cumsum(np.random.default_rng(4).normal(0, 20, (len(TILTS), 2)), axis=0)
-    small = prepared(slab_images(axis, shift, seed=1), size=64)
-    found = align.find_axis(small, record())
-    # of the last step of the search, 1 degree, and as much again: this is a coarse alignment of a small field
-    assert abs((found - axis + 90) % 180 - 90) < 2.0
+def test_the_copy_is_left_out_that_does_not_fit(series):
+    """Of two equal images the one at whose tilt the others expect it stays, first or last."""
+    images = series[0].copy()
+    images[12] = images[6]
+    images[15] = images[16]
+    found = start(images, 35.0)
+    assert {j: r for j, r in enumerate(found.reason) if r} == {12: "a copy of image 7", 15: "a copy of image 17"}
+    assert shift_error(found.shift, series[1], series[2], found.use) < 0.3 * PIXEL_SIZE
 
 
-def test_a_tilt_predicts_itself(series):
-    """From an image at the same tilt, the prediction is that image moved to its place, halved by the constant."""
-    images = prepared(series[0])
-    base = align.nominal(record(), 35.0).model_copy(update={"tilt": (20.0,) * len(TILTS)})
-    search = align._Search.begin(images, base, 300.0)
-    search.shift[1] = torch.tensor([3.0, -2.0])
-    n, m = images.box, search.canvas
-    start = torch.tensor([1.0, 4.0], dtype=torch.float64)
-    prediction = torch.fft.irfftn(search.predict(0, [[1]], start)[0], s=(m, m))
-    expected = fourier_shift(images.pixels[1:2], start[None] - search.shift[1:2])[0] / 2
-    inner = slice(10, -10)
-    assert torch.allclose(centre_crop(prediction, (n, n))[inner, inner], expected[inner, inner], atol=2e-3)  # float32
-
-
-def test_a_place_is_found_anywhere(series):
-    """A shifted copy is found to a fraction of a pixel, a third of the field away, and not where one may not look."""
-    images = prepared(series[0])
-    search = align._Search.begin(images, align.nominal(record(), 35.0), 300.0)
-    moved = torch.tensor([[31.3, -27.6]], dtype=torch.float64)
-    n, m = images.box, search.canvas
-    prediction = centre_pad(fourier_shift(images.pixels[5:6], -moved)[0], (m, m))
-    start = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    look = search.compare(5, torch.fft.rfftn(prediction), start, align.WIDEST_SHIFT)
-    assert torch.allclose(look.shift, start + moved[0], atol=0.1)  # a paraboloid through a peak, divided by the overlap
-    assert look.clear > align.SURE
-    near = search.compare(5, torch.fft.rfftn(prediction), start, 0.05)
-    assert float((near.shift - start).norm()) <= 0.05 * n + 1
-    assert near.elsewhere > near.deviations + align.BETTER
-    noise = torch.from_numpy(np.random.default_rng(0).normal(size=(m, m))).float()
-    assert search.compare(5, torch.fft.rfftn(noise), start, align.WIDEST_SHIFT).clear < align.LIKELY
-
-
-def axis_error(found, axis):
-    return abs((found - axis + 90) % 180 - 90)
+def test_both_copies_are_left_out_where_nothing_tells(series):
+    """At the same tilt one fits as well as the other; with the order of the exposures known, the earlier one stays."""
+    tilt = TILTS.copy()
+    tilt[9] = tilt[10]
+    images = series[0].copy()
+    images[9] = images[10]
+    found = start(images, 35.0, tilt=tilt)
+    reasons = {j: r for j, r in enumerate(found.reason) if r}
+    assert reasons == {9: "a copy of image 11", 10: "a copy of image 10"}
+    assert np.flatnonzero(~found.use).tolist() == [9, 10]
+    found = start(images, 35.0, order=list(range(len(TILTS)))[::-1], tilt=tilt)
+    assert {j: r for j, r in enumerate(found.reason) if r} == {9: "a copy of image 11"}
 
 
 def test_start_finds_everything(series):
@@ -183,9 +133,7 @@ def test_start_finds_everything(series):
     images[13] = 50 + rng.normal(size=SHAPE)
     images[16] = images[15]
     shuffle = rng.permutation(len(TILTS))
-    found = align.start(
-        lambda j: images[shuffle][j], images.shape, PIXEL_SIZE, TILTS[shuffle].tolist(), [True] * len(TILTS)
-    )
+    found = start(images[shuffle], tilt=TILTS[shuffle])
     back = np.argsort(shuffle)
     bad = {j: found.reason[back[j]] for j in range(len(TILTS)) if not found.use[back[j]]}
     assert set(bad) == {2, 5, 13, 16}
@@ -194,35 +142,32 @@ def test_start_finds_everything(series):
     assert bad[16] == f"a copy of image {back[15] + 1}"
     assert found.hand_open
     assert axis_error(found.axis, 35.0) < 1.5
-    about = tilt_matrices(found.axis, torch.from_numpy(TILTS), 0.0).numpy()
     good = found.use[back]
     # a percent of the field, and what the error of the axis turns the field's edge by does not count here
-    assert shift_error(found.shift[back], shift, about, good) < 0.02 * SHAPE[1] * PIXEL_SIZE
-    assert (found.quality[back][good] > align.LIKELY).all()
+    assert shift_error(found.shift[back], shift, about(found.axis), good) < 0.02 * SHAPE[1] * PIXEL_SIZE
+
+
+@pytest.mark.parametrize("off", [-40.0, 40.0])
+def test_a_wrong_axis_is_turned(series, off):
+    """Images that have their places about an axis 40° off tell the right one to 3°, within which the sweeps refine it."""
+    images = prepared(series[0], tilt=TILTS.tolist())
+    pairs = Pairs(images.smaller(SMALL_SIZE), TILTS.tolist())
+    wrong = coarse.place(images, TILTS.tolist(), 35.0 + off, pairs)
+    search, axis = coarse.turned(wrong, 35.0 + off, pairs)
+    assert axis_error(axis, 35.0) < coarse.AXIS_REACH
+    assert search.strength() > wrong.strength()
+    np.testing.assert_array_equal(search.matrices, about(axis))
 
 
 def test_noise_is_refused():
     images = np.random.default_rng(1).normal(size=(20, 64, 64)).astype(np.float32)
     with pytest.raises(InputError, match="agree"):
-        align.start(images.__getitem__, images.shape, PIXEL_SIZE, np.linspace(-57, 57, 20).tolist(), [True] * 20)
-
-
-def test_blocks_keep_the_origin():
-    """A blob at the origin stays there, whatever the binning: its centre of mass, to a hundredth of a binned pixel."""
-    y, x = np.mgrid[:120, :90]
-    blob = np.exp(-((x - 45) ** 2 + (y - 60) ** 2) / 200).astype(np.float32)
-    for binning in (1, 2, 3):
-        images = align.prepare(lambda j: blob, (3, 120, 90), 1.0, [True] * 3, 120 // binning)
-        pixels = images.pixels[0].double().clamp_min(1.0)[4:-4, 4:-4] - 1
-        u = torch.arange(len(pixels)) + 4 - images.box // 2
-        centre = [float((pixels.sum(dim) * u).sum() / pixels.sum()) for dim in (0, 1)]
-        assert np.allclose(centre, 0, atol=0.02)  # of what is above a threshold of the sampled blob
+        start(images, tilt=np.linspace(-57, 57, 20), use=[True] * 20)
 
 
 def test_too_few_images(series):
-    use = [j < 2 for j in range(len(TILTS))]
     with pytest.raises(InputError, match="2 images"):
-        align.align(prepared(series[0], use), align.nominal(record(), 35.0), first_pass=True)
+        start(series[0], 35.0, [j < 2 for j in range(len(TILTS))])
 
 
 @pytest.mark.parametrize(("name", "limit"), [("conf_01", 10.0), ("conf_02", 6.0)])
@@ -234,11 +179,8 @@ def test_independent_simulation(shared_data, name, limit):
     truth = json.loads((shared_data / "sim" / f"{name}_truth.json").read_text())
     stack = mrc.open_stack(shared_data / "sim" / f"{name}.mrc").array
     use = [j not in truth["bad"] and j % 2 == 0 for j in range(len(stack))]
-    images = align.prepare(stack.__getitem__, stack.shape, truth["apix"], use)
-    zeros = (0.0,) * len(stack)
-    base = align.Alignment(
-        axis=tuple(truth["axis"]), tilt=tuple(truth["nominal"]), xtilt=zeros, shift_x=zeros, shift_y=zeros
-    )
-    found = align.align(images, base, first_pass=True, sweeps=0)
+    axis = float(np.mean(truth["axis"]))
+    found = coarse.start(stack.__getitem__, stack.shape, truth["apix"], truth["nominal"], use, axis)
+    assert found.use.tolist() == use
     matrices = tilt_matrices(*(torch.tensor(truth[key]) for key in ("axis", "tilt")), 0.0).numpy()
-    assert shift_error(shifts_of(found), np.array(truth["shift_A"]), matrices, np.array(use)) < limit
+    assert shift_error(found.shift, np.array(truth["shift_A"]), matrices, found.use) < limit

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from libemc.methods.align.bundle import Geometry, Tracks, adjust
-from libemc.methods.align.deformation import Warp, fit_deformation
+from libemc.methods.align.deformation import Warp, fit_deformation, wandering
 from libemc.numerics.splines import field_basis
 
 FIELD = (4000.0, 3000.0)
@@ -65,3 +65,42 @@ def test_family_has_no_shift_turn_or_scale() -> None:
     for left in (dx.sum(0), dy.sum(0), x @ dx + y @ dy, x @ dy - y @ dx):
         np.testing.assert_allclose(left, 0, atol=1e-8)  # rounding of 2000 Å over 32 nodes
     np.testing.assert_allclose(warp.walk.sum(0), 0, atol=1e-9)
+
+
+def left_of_a_walk(count: int, noise: float, size: float) -> tuple[np.ndarray, ...]:
+    """Residuals (T, P, 2) of landmarks that wander together in groups of a place, each fitted with a place of its own; where
+    they are, what they do in the images (T, P, 2), the directions and the order."""
+    rng = np.random.default_rng(11)
+    tilts, order = np.linspace(-60, 60, 31), np.abs(np.arange(31) - 15) * 2
+    order[16:] -= 1
+    flat = np.zeros(31)
+    directions = Geometry(flat + 80, tilts, flat, flat + 1, np.zeros((31, 2))).matrices[:, :2]
+    group = np.repeat(np.arange(count // 4), 4)
+    points = rng.uniform(-1500, 1500, (count // 4, 3))[group] + rng.normal(0, 30, (count, 3))
+    walk = np.cumsum(rng.normal(0, size, (31, count // 4, 3)), axis=0)[:, group][order]
+    seen = np.einsum("tai,tpi->tpa", directions, walk)
+    basis = np.linalg.qr(directions.reshape(-1, 3))[0]
+    both = (seen + rng.normal(0, noise, seen.shape)).transpose(0, 2, 1).reshape(62, -1)
+    rest = (both - basis @ (basis.T @ both)).reshape(31, 2, -1).transpose(0, 2, 1)
+    return rest, points, seen, directions, order
+
+
+def test_wandering_is_told_from_its_residuals() -> None:
+    """Ten groups that wander by 1 Å an exposure: their distance from the start within a quarter (of ten walks), although the
+    residuals are less than 0.7 of it; twice as far at the end as after a quarter of the exposures."""
+    residual, points, seen, directions, order = left_of_a_walk(40, 1.0, 1.0)
+    truth = np.sqrt((seen**2).sum(-1).mean(1))
+    found = wandering(residual, points, directions, order)
+    whole = np.sqrt((found**2).mean()) / np.sqrt((truth**2).mean())
+    assert 0.75 < whole < 1.33
+    assert np.sqrt((residual**2).sum(-1).mean()) < 0.7 * np.sqrt((truth**2).mean())
+    np.testing.assert_allclose(found[order == 29] / found[order == 6], (30 / 7) ** 0.5, rtol=0.35)  # foreshortening
+
+
+def test_errors_of_measurement_do_not_wander() -> None:
+    """Not where landmarks have neighbours; of eight alone no motion can be told from errors, and they count."""
+    for count, least, most in ((40, 0.0, 0.5), (8, 1.0, 10.0)):
+        residual, points, _, directions, order = left_of_a_walk(count, 1.0, 0.0)
+        found = wandering(residual, points, directions, order)
+        assert least <= np.sqrt((found**2).mean()) < most
+    assert not wandering(np.full((31, 40, 2), np.nan), points, directions, order).any()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -131,18 +133,71 @@ def test_no_beads_where_there_are_none() -> None:
     assert found_in(images, geometry)[1] is None
 
 
+def test_the_depth_of_a_bead_is_looked_for(with_beads: Series) -> None:
+    """From seven low tilts, and 500 Å and more above or below their places, beads are found where they are."""
+    images, geometry, beads, _ = with_beads
+    low = replace(geometry, use=TILTS.abs() < 25)
+    true = torch.from_numpy(beads)[1:5]  # farther from each other, and from the border, than is looked around them
+    off = torch.tensor([[15, 10, 700], [-20, 5, -500], [10, -20, -900], [-5, 15, 500]], dtype=torch.float64)
+    assert gold.recognise(images, PIXEL_SIZE, replace(low, use=TILTS == 0), true + off) is None  # one says nothing
+    found = gold.recognise(images, PIXEL_SIZE, low, true + off)
+    assert found is not None
+    assert len(found.points) == len(true)
+    rest = (found.points - true).abs()
+    assert float(rest[:, :2].max()) < 0.5 * PIXEL_SIZE  # a mean of seven images, as in the test of `likeness`
+    assert float(rest[:, 2].max()) < gold.DEPTH_STEP  # half of one by the steps, the other half by noise
+    assert abs(found.diameter / DIAMETER - 1) < 0.15  # of eight pixels
+
+
+def shown(images: np.ndarray, geometry: TiltGeometry, beads: np.ndarray, blobs: np.ndarray) -> tracks.Evidence:
+    """The evidence of six beads; noise is measured at blobs that are away from them."""
+    scale = Scale(PIXEL_SIZE, 2.4 * DIAMETER, 0.35, 50.0, DIAMETER)
+    away = torch.cdist(torch.from_numpy(blobs), torch.from_numpy(beads)).min(1).values > 250
+    inside = (torch.from_numpy(blobs).abs()[:, :2] < 500).all(1)
+    noise = tracks.noise_power(images, scale, geometry, torch.from_numpy(blobs)[away & inside])
+    return gold.compare(images, scale, geometry, Beads(torch.from_numpy(beads), DIAMETER), noise)
+
+
+def test_presence_of_beads(with_beads: Series) -> None:
+    """Images without beads are told, by what `presence` says itself of its error; and so is half of a bead."""
+    images, geometry, beads, blobs = with_beads
+    evidence = shown(images, geometry, beads, blobs)
+    whole, deviation = gold.presence(evidence, tracks.vote(evidence))
+    assert abs(float(whole.mean()) - 1) < 0.05  # the template is a median, and parts are a mean: noise of 90 images
+    # six beads lie on other blobs in every image, of some 10 %, and 8 % of a bead's peak each
+    assert 0.7 < float(whole.min()) < float(whole.max()) < 1.3
+    half, none, moved = 4, 12, 9
+    mixed = images.copy()
+    mixed[half] = series(2.5)[0][half]
+    mixed[none] = series(0.0)[0][none]
+    mixed[moved] = np.roll(images[moved], (2, -3), (0, 1))
+    evidence = shown(mixed, geometry, beads, blobs)
+    shift = tracks.vote(evidence)
+    part, deviation = gold.presence(evidence, shift)
+    assert float(deviation.max()) < 0.05
+    others = [j for j in range(len(TILTS)) if j not in (half, none)]
+    common = float((part / whole)[others].median())  # what the template has lost by the two
+    assert 1 < common < 1 + 1.5 * 2 / len(TILTS)
+    # noise is the same in the two series: a half is one but for the blobs that beads lie on
+    assert abs(float(part[half] / whole[half]) / common - 0.5) < 3 * float(deviation[half])
+    # of 50 places that a vote may choose from, the highest by chance is at 2.8 deviations
+    assert abs(float(part[none])) < 4 * float(deviation[none])
+    # wherever they are, but for what the window, half a bead away from its place, has cut off
+    assert 0.85 < float(part[moved] / whole[moved]) / common < 1.02
+    unmoved = gold.presence(evidence, torch.zeros_like(shift))[0][moved]
+    assert float(unmoved) < 0.8 * float(part[moved])  # half a bead away
+    nowhere = replace(evidence, seen=torch.zeros_like(evidence.seen))
+    assert not gold.presence(nowhere, shift)[0].any()  # where none should be
+
+
 def test_positions_of_beads(with_beads: Series) -> None:
     """Each bead in each image to a tenth of a pixel, though images were off by 10 Å: nothing is relative here."""
     images, geometry, beads, blobs = with_beads
     off = torch.from_numpy(np.random.default_rng(2).normal(0, 10, (len(TILTS), 2)))
     wrong = TiltGeometry(geometry.matrices, geometry.shift - off, geometry.magnification, geometry.use)
-    scale = Scale(PIXEL_SIZE, 2.4 * DIAMETER, 0.35, 50.0, DIAMETER)
-    away = torch.cdist(torch.from_numpy(blobs), torch.from_numpy(beads)).min(1).values > 250
-    inside = (torch.from_numpy(blobs).abs()[:, :2] < 500).all(1)
-    noise = tracks.noise_power(images, scale, wrong, torch.from_numpy(blobs)[away & inside])
-    evidence = gold.compare(images, scale, wrong, Beads(torch.from_numpy(beads), DIAMETER), noise)
+    evidence = shown(images, wrong, beads, blobs)
     assert evidence.links is None
-    moved, information = tracks.displacements(evidence, tracks.vote(evidence)[0], 40.0)
+    moved, information = tracks.displacements(evidence, tracks.vote(evidence), 40.0)
     truth = geometry.project(torch.from_numpy(beads))[0].transpose(0, 1)
     rest = evidence.centre + moved - truth
     known = torch.isfinite(rest).all(-1)
@@ -154,3 +209,47 @@ def test_positions_of_beads(with_beads: Series) -> None:
     sigma = torch.linalg.inv(information[known]).diagonal(dim1=-2, dim2=-1).sqrt().median()
     # said with care: what images are off by before they're aligned counts as noise of the template
     assert 0.2 < float(robust / sigma) < 2
+
+
+@pytest.mark.parametrize("shape", [(90, 101), (64, 71)])
+def test_beads_are_taken_out(shape: tuple[int, int]) -> None:
+    """Nothing is left within `FRINGE` diameters of a bead, to a pixel, and the rest is as it was; at borders too."""
+    rng = np.random.default_rng(4)
+    tilts = torch.tensor([-50.0, 0.0, 40.0], dtype=torch.float64)
+    one = torch.ones(3, dtype=torch.float64)
+    shift = torch.from_numpy(rng.normal(0, 40, (3, 2)))
+    geometry = TiltGeometry(tilt_matrices(20.0, tilts, 0.0), shift, one, torch.tensor([True, False, True]))
+    # in the middle, at heights, across a border, just beyond one, and far away
+    points = [[30, -20, 150], [-200, 260, -100], [shape[1] / 2 * PIXEL_SIZE, 0, 0], [0, -520, 50], [0, 9000, 0.0]]
+    beads = Beads(torch.tensor(points, dtype=torch.float64), DIAMETER)
+    images = (1 + rng.random((3, *shape))).astype(np.float32)
+    before = images.copy()
+    out = gold.without(images, PIXEL_SIZE, geometry, beads)
+    np.testing.assert_array_equal(images, before)
+    y, x = ((np.arange(n) - n // 2) * PIXEL_SIZE for n in shape)
+    at = geometry.project(beads.points)[0].numpy()  # (P, T, 2)
+    distance = np.hypot(x - at[..., 0, None, None], y[:, None] - at[..., 1, None, None]).min(0)
+    radius, off = gold.FRINGE * DIAMETER, PIXEL_SIZE / np.sqrt(2)  # a place is rounded to pixels, a radius up to them
+    assert not out[distance <= radius - off].any()
+    untouched = distance > radius + PIXEL_SIZE + off
+    np.testing.assert_array_equal(out[untouched], images[untouched])
+    assert ((out == 0) | (out == images)).all()
+    assert (out[:, :, -1] == 0).any()  # the border was reached
+
+
+def test_a_column_gives_whole_patches(with_beads: Series) -> None:
+    """What images show around a point, its nearest pixel in the middle, of those images that show all of it."""
+    images, geometry, _, _ = with_beads
+    column = gold._Column(images, PIXEL_SIZE, geometry, list(range(len(TILTS))))
+    h = column.half
+    for place in ([40.0, -60.0, 30.0], [560.0, 0.0, 0.0], [0.0, 5000.0, 0.0]):
+        point = torch.tensor(place, dtype=torch.float64)
+        pixel = (geometry.project(point[None])[0][0] / PIXEL_SIZE).round().long().numpy() + np.array(SHAPE[::-1]) // 2
+        padded = np.pad(images, ((0, 0), (h, h), (h, h)), constant_values=np.nan)
+        cut = [
+            image[y : y + 2 * h + 1, x : x + 2 * h + 1]
+            for image, (x, y) in zip(padded, pixel, strict=True)
+            if 0 <= x < SHAPE[1] and 0 <= y < SHAPE[0]
+        ]
+        whole = [c for c in cut if np.isfinite(c).all()]
+        np.testing.assert_array_equal(column.patches(images, point), np.reshape(whole, (-1, 2 * h + 1, 2 * h + 1)))

@@ -10,7 +10,7 @@ import torch
 
 from libemc.methods.align import relative
 from libemc.methods.align.bundle import Geometry
-from libemc.methods.align.relative import Moves
+from libemc.methods.align.relative import Differences, Moves
 from libemc.numerics.overlap import Overlap, couplings
 from libemc.numerics.slices import Band
 
@@ -48,9 +48,8 @@ def seen(links: np.ndarray, change: Geometry, place: np.ndarray, sigma: float) -
 
 def explained(links: np.ndarray, difference: np.ndarray, information: np.ndarray) -> Moves:
     every = np.ones((COUNT, LANDMARKS), bool)
-    return relative.explain(
-        difference, information, np.broadcast_to(links, (LANDMARKS, *links.shape)), every, START, POINTS, REACH
-    )
+    of_all = np.broadcast_to(links, (LANDMARKS, *links.shape))
+    return relative.explain(Differences(difference, information, of_all, every, START, POINTS, REACH))
 
 
 def left(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -125,3 +124,12 @@ def test_outliers_lose_their_weight(links: np.ndarray) -> None:
     missing = np.isnan(difference).all(-1)
     assert np.isnan(moves.displacement[missing]).all()
     assert np.isfinite(moves.displacement[~missing]).all()
+
+
+def test_nothing_moves_where_there_is_nothing_to_find(links: np.ndarray) -> None:
+    """Noise of 3 Å alone: cross-validation holds the images, which noise would move by several times as much."""
+    difference, information, _ = seen(links, START, np.zeros((LANDMARKS, 3)), 3.0)
+    moves = explained(links, difference, information)
+    error = np.sqrt((left(moves.geometry.shift, 0 * smooth()) ** 2).sum(1).mean())
+    expected = np.sqrt((moves.error**2).mean())  # were they free to move
+    assert error < 0.5 * expected

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from libemc.errors import InputError
-from libemc.methods.align import series
-from libemc.methods.align.series import BECAUSE, Pyramid, Result
+from libemc.methods.align import coarse, series
+from libemc.methods.align.gold import Beads
+from libemc.methods.align.series import Result
+from libemc.methods.align.slab import Slab
+from libemc.methods.align.state import BECAUSE, Pyramid, State
 from libemc.methods.subtilts import TiltGeometry
 from libemc.numerics.rotations import tilt_matrices
-from libemc.records import Source, Tilts, TiltSeriesRecord
+from libemc.records import Alignment, Source, Tilts, TiltSeriesRecord
 
 TILTS = np.linspace(-54, 54, 19)
 PIXEL_SIZE = 12.0  # Å
@@ -133,7 +136,7 @@ def check(truth: Simulated, result: Result, doubt: float) -> None:
     assert alignment.thickness is not None
     assert 200 < alignment.thickness < 800
     assert alignment.freedom is not None
-    assert alignment.freedom["seconds"] == result.seconds
+    assert {"images", "coarse", "gold", "slab"} < set(alignment.freedom["seconds"])
     done = record(truth.images.shape)
     tilts = done.tilts.model_copy(update={"use": result.use, "reason": result.reason})
     line = series.summary(done.model_copy(update={"alignment": alignment, "tilts": tilts}))
@@ -150,7 +153,7 @@ def test_a_series_with_gold(with_gold: tuple[Simulated, Result, list[str]]) -> N
     # five beads at least of twelve that fill the field, each to some tenths of a pixel in each image
     assert len(landmarks.xyz) >= 5
     assert error(truth, result) < 0.5 * PIXEL_SIZE
-    assert parts == ["coarse", "beads 0", "beads 1", "beads 2"]
+    assert parts == ["coarse", "constellation", "beads 0", "beads 1", "beads 2"]
     assert [e is None for e in result.alignment.error or ()] == [False] * len(TILTS)
 
 
@@ -161,7 +164,7 @@ def test_a_series_without_gold(without: tuple[Simulated, Result, list[str]]) -> 
     assert landmarks is not None
     assert set(landmarks.kind) == {"feature"}
     assert error(truth, result) < 2 * PIXEL_SIZE
-    assert parts[:3] == ["coarse", "features 0", "features 1"]
+    assert parts[:4] == ["coarse", "constellation", "features 0", "features 1"]
 
 
 def test_going_on_from_an_alignment(with_gold: tuple[Simulated, Result, list[str]]) -> None:
@@ -179,6 +182,51 @@ def test_going_on_from_an_alignment(with_gold: tuple[Simulated, Result, list[str
     assert again.first.shift_x == base.shift_x
     assert again.use == result.use
     assert error(truth, again) < 0.5 * PIXEL_SIZE
+
+
+def on_layers(*heights: float) -> Beads:
+    """Twelve beads of 100 Å, spread over the field, in turn at some heights above a plane that rises by 5°."""
+    rng = np.random.default_rng(6)
+    xy = rng.uniform(-700, 700, (12, 2))
+    z = np.resize(heights, 12) / np.cos(np.radians(5)) + np.tan(np.radians(5)) * xy[:, 0] + 60.0
+    return Beads(torch.from_numpy(np.c_[xy, z]), 100.0)
+
+
+def specimen(images: np.ndarray, base: Alignment, beads: Beads | None) -> Slab | None:
+    pyramid = Pyramid(images.__getitem__, images.shape, PIXEL_SIZE, [True] * len(images), False)
+    known = record(images.shape)
+    return series.specimen(pyramid, State.of(base, known.tilts.use, (None,) * len(TILTS), known), beads)
+
+
+def test_beads_on_two_faces_are_the_specimen() -> None:
+    """Layers of beads as far apart as `FACES_APART`: the slab is what they hold; one layer says nothing of a thickness."""
+    noise = np.random.default_rng(2).standard_normal((len(TILTS), *SHAPE)).astype(np.float32)
+    base = coarse.from_angles(TILTS.tolist(), AXIS)
+    found = specimen(noise, base, on_layers(-250.0, 250.0))
+    assert found is not None
+    assert found.thickness == pytest.approx(500.0 + 100.0, abs=20)  # faces are known to some Å, and the plane to 0.5°
+    assert found.height == pytest.approx(60.0, abs=10)
+    assert np.degrees(np.arccos(found.normal @ np.array([-np.sin(np.radians(5)), 0, np.cos(np.radians(5))]))) < 0.7
+    assert specimen(noise, base, on_layers(-0.4 * series.FACES_APART, 0.4 * series.FACES_APART)) is None
+    assert specimen(noise, base, None) is None
+
+
+def test_beads_on_one_face_lie_in_the_specimen(without: tuple[Simulated, Result, list[str]]) -> None:
+    """Where they lie in one layer the density says how thick it is, and balls above it are held too."""
+    truth, result, _ = without
+    images = truth.images
+    seen = specimen(images, result.alignment, None)
+    assert seen is not None
+    normal = np.array(seen.normal)
+    xy = np.random.default_rng(6).uniform(-400, 400, (4, 2))
+    up = seen.thickness / 2 + 30.0  # of which the beads' upper halves stick out by 80 Å
+    above = np.c_[xy, seen.height + (up - xy @ normal[:2]) / normal[2]]
+    held = specimen(images, result.alignment, Beads(torch.from_numpy(above), 100.0))
+    assert held is not None
+    # the density is measured again, without what the beads hide: they are what the upper face is made of
+    top = held.height * held.normal[2] + held.thickness / 2
+    reach = (above @ np.array(held.normal)).max() + 50.0
+    assert top == pytest.approx(reach)
 
 
 def test_noise_is_refused() -> None:
@@ -256,3 +304,19 @@ def test_samplings_are_powers_of_two() -> None:
     assert [pyramid.binning(p) for p in (1.0, 3.0, 5.9, 6.0, 11.9, 12.0)] == [1, 1, 1, 2, 2, 4]
     assert [pyramid.near(p) for p in (1.0, 4.0, 4.5, 8.0, 9.0, 24.0)] == [1, 1, 2, 2, 4, 8]
     assert pyramid.diameter == 450.0  # a quarter of the longer side
+
+
+def test_an_image_at_another_tilt_is_left_out(with_gold: tuple[Simulated, Result, list[str]]) -> None:
+    """As a copy is; where all tilts stray, none of them is singled out."""
+    truth, result, _ = with_gold
+    known = record(truth.images.shape)
+    others = np.random.default_rng(3).normal(0, 0.5, len(TILTS))
+    for stray, expected in ((np.zeros(len(TILTS)), [4]), (others, [])):
+        tilt = np.array(known.tilts.nominal) + stray
+        tilt[4] += 2.0
+        state = State.of(result.alignment, known.tilts.use, (None,) * len(TILTS), known)
+        state.alignment = state.alignment.model_copy(update={"tilt": tuple(tilt.tolist())})
+        state.error = np.ones(len(TILTS))
+        series._judge(state, known)
+        assert [j for j, used in enumerate(state.use) if known.tilts.use[j] and not used] == expected
+        assert all("instead of" in str(state.reason[j]) for j in expected)

@@ -158,3 +158,45 @@ def test_halves_show_beads_where_they_are() -> None:
     found = slab.measure(first, second, pixel_size)
     assert found is not None and angle(found, normal) < 1.0
     assert found.height == pytest.approx(50.0, abs=20)
+
+
+def a_slab(normal, height=40.0, thickness=600.0):
+    return slab.Slab(tuple(normal.tolist()), height, thickness, 0.1, 20, 1.0)
+
+
+@pytest.mark.parametrize("tilted", [(0.0, 0.0), (7.0, -9.0)])
+def test_a_slab_holds_balls(tilted: tuple[float, float]) -> None:
+    """Balls inside change nothing; one above makes it thicker by what sticks out, and lifts its middle by half of that."""
+    rng = np.random.default_rng(8)
+    normal, radius = normal_of(*tilted), 50.0
+    before = a_slab(normal)
+    inside = layer(normal, 40.0, rng.uniform(-249, 249, 20), rng)
+    assert_the_same(slab.holding(before, inside, radius), before)
+    assert_the_same(slab.holding(before, np.zeros((0, 3)), radius), before)
+    above = layer(normal, 40.0, np.array([370.0]), rng)
+    # 370 + 50 over the middle, 300 below; along z the middle rises by more than along the normal
+    after = slab.holding(before, np.concatenate([inside, above]), radius)
+    assert after.thickness == pytest.approx(720.0)
+    assert after.height == pytest.approx(40.0 + 60.0 / normal[2])
+    below = layer(normal, 40.0, np.array([-270.0]), rng)
+    both = slab.holding(before, np.concatenate([above, below]), radius)
+    assert both.thickness == pytest.approx(740.0)
+    assert both.height == pytest.approx(40.0 + 50.0 / normal[2])
+    # it holds them then: once more changes nothing
+    assert_the_same(slab.holding(both, np.concatenate([above, below]), radius), both)
+
+
+def assert_the_same(one: slab.Slab, other: slab.Slab) -> None:
+    """To rounding."""
+    assert (one.height, one.thickness) == pytest.approx((other.height, other.thickness))
+    assert one.normal == other.normal
+
+
+def test_balls_far_away_are_ignored() -> None:
+    """Farther from the middle than one and a half times the thickness."""
+    normal = normal_of(3.0, 2.0)
+    before = a_slab(normal)
+    far = layer(normal, 40.0, np.array([-905.0, 905.0, 4000.0]), np.random.default_rng(9))
+    assert_the_same(slab.holding(before, far, 50.0), before)
+    near = layer(normal, 40.0, np.array([895.0]), np.random.default_rng(9))
+    assert slab.holding(before, near, 50.0).thickness == pytest.approx(895.0 + 50.0 + 300.0)
