@@ -13,7 +13,8 @@ from libemc import records
 from libemc.cli import Run
 from libemc.io import mrc
 from libemc.methods.align import series
-from libemc.methods.align.series import BECAUSE, Result
+from libemc.methods.align.series import Result
+from libemc.methods.align.state import BECAUSE, State
 from libemc.methods.import_series import UNDECIDED
 from libemc.methods.reconstruct import bin_image
 from libemc.methods.subtilts import TiltGeometry
@@ -61,7 +62,7 @@ def align(
     """
     load = Images(stack, f"exclude that tilt in {path}", blank=True)
 
-    def tell(part: str, state: series.State) -> None:
+    def tell(part: str, state: State) -> None:
         run.log.info("%s: %s done, %d images in use", record.name, part, sum(state.use))
 
     result = series.align(load.__getitem__, record, axis, base, local, tell)

@@ -31,7 +31,7 @@ class Wanted:
 
     Attributes:
         binning: image pixels to a voxel.
-        thickness, region: as in `reconstruct.Grid.of`.
+        thickness, region, angles: as in `reconstruct.Grid.of`.
         tag: word in the files' names.
         ctf: none, one of `reconstruct.CTF_MODES`, or deconvolve; strength, falloff: of deconvolve.
         dose: whether to weight by dose where that is known.
@@ -43,6 +43,7 @@ class Wanted:
     binning: int
     thickness: float | None
     region: tuple[float, ...] | None
+    angles: tuple[float, float, float]
     tag: str | None
     ctf: str
     strength: float
@@ -59,7 +60,7 @@ class Wanted:
 
     def grid(self, record: TiltSeriesRecord) -> Grid:
         """The voxels."""
-        return Grid.of(record, self.binning, self.thickness, self.region)
+        return Grid.of(record, self.binning, self.thickness, self.region, self.angles)
 
     def correction(self, record: TiltSeriesRecord) -> CtfCorrection | None:
         """The correction for the CTF; None for none."""
@@ -67,7 +68,7 @@ class Wanted:
 
     def target(self, record: TiltSeriesRecord, suffix: str) -> Path:
         """A tomogram's file; that of a part of the field never has the name of the whole."""
-        tag = self.tag or ("region" if self.region else None)
+        tag = self.tag or ("region" if self.region else "turned" if any(self.angles) else None)
         return Path("tomograms") / f"{record.name}_bin{self.binning}{f'_{tag}' if tag else ''}{suffix}.mrc"
 
 

@@ -10,12 +10,13 @@ those of the specimen: z along the beam at zero tilt, y along the tilt axis wher
 field that of the images. The contrast is the images' own. A picture of the central slices is written beside it.
 
 A --region is written to a file of its own, NAME_binN_region.mrc, or NAME_binN_T.mrc with --tag T; --half adds _even and
-_odd. --erase-beads takes the beads among the alignment's landmarks, and whatever looks like them.
+_odd. With --turn the volume's axes are turned about its middle: what lies in the specimen as a particle of these angles
+stands upright. --erase-beads takes the beads among the alignment's landmarks, and whatever looks like them.
 
     emc_tomogram TS_01 --bin 4                       # align, and reconstruct with voxels of four pixels
     emc_tomogram TS_01 --load --bin 8 --lowpass 60   # once more, with the alignment that the record has
     emc_tomogram --all --load --bin 4 --erase-beads --deconvolve --half
-    emc_tomogram TS_01 --load --bin 2 --region=-800,200,0,900,-400,400 --tag nucleus
+    emc_tomogram TS_01 --load --bin 2 --region=-800,200,0,900,-400,400 --turn 0,25,-40 --tag nucleus
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.axis(parser)
     options.thickness(parser)
     options.region(parser)
+    options.turn(parser)
     lens = parser.add_mutually_exclusive_group()
     lens.add_argument("--ctf", choices=reconstruct.CTF_MODES, default="none", help="correction, at each tile's height")
     options.deconvolve(lens)
@@ -61,9 +63,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, run: Run) -> None:
     """Check all tilt series, then align and reconstruct one after the other."""
     paths = run.tiltseries(args)
+    lens = args.ctf if args.deconvolve is None else "deconvolve"
     what = tomograms.Wanted(
-        args.binning, args.thickness, args.region, args.tag, args.ctf if args.deconvolve is None else "deconvolve",
-        args.deconvolve or 1.0, args.snr_falloff, not args.no_dose, args.lowpass, args.erase_beads, args.half)  # fmt: skip
+        args.binning, args.thickness, args.region, args.turn, args.tag, lens, args.deconvolve or 1.0, args.snr_falloff,
+        not args.no_dose, args.lowpass, args.erase_beads, args.half)  # fmt: skip
     series = [(path, *checked(records.load_tiltseries(path), what, args, run)) for path in paths]
     if args.align_only:
         done = run.plan(f"align {len(series)} tilt series")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from libemc import alignments
-from libemc.methods.align.series import BECAUSE
+from libemc.methods.align.state import BECAUSE
 from libemc.methods.import_series import UNDECIDED
 from libemc.records import Source, Tilts, TiltSeriesRecord
 

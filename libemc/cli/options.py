@@ -177,6 +177,14 @@ def region_bounds(text: str) -> tuple[float, ...]:
     return values
 
 
+def three_angles(text: str) -> tuple[float, float, float]:
+    """rot,tilt,psi, degrees."""
+    values = numbers(text)
+    if len(values) != 3:
+        raise argparse.ArgumentTypeError(f"'{text}' is not rot,tilt,psi")
+    return values[0], values[1], values[2]
+
+
 # -------------------------------------------------------------------------------------------------------- declarations
 
 
@@ -265,6 +273,10 @@ amplitude_contrast = _option(
 axis = _option("--axis", type=number, metavar="DEG", help="tilt axis in degrees from +y, counter-clockwise")
 dose = _option("--dose", type=not_negative, metavar="E", help="dose of each tilt in e/Å²")
 thickness = _option("--thickness", type=positive, metavar="A", help="thickness in Å")
+turn = _option(
+    "--turn", type=three_angles, default=(0.0, 0.0, 0.0), metavar="ROT,TILT,PSI",
+    help="turn the tomogram, or its part, about its middle",
+)  # fmt: skip
 region = _option(
     "--region", type=region_bounds, metavar="X0,X1,Y0,Y1,Z0,Z1", help="part of the tomogram, in Å from its centre"
 )

@@ -9,7 +9,7 @@ import os
 from argparse import ArgumentTypeError
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -346,10 +346,10 @@ def picks_change(
         found = simulated.picks
         chosen = None if class_number is None else simulated.classes == class_number
     else:
-        shape, pixel_size, centre = _frame(record, tomogram)
+        shape, pixel_size, centre, angles = _frame(record, tomogram)
         found = read_picks(path, shape=shape, pixel_size=pixel_size, name=record.name, label=label)
-        if any(centre) and _in_pixels(path):
-            found = replace(found, xyz=found.xyz + np.array(centre))
+        if any((*centre, *angles)) and _in_pixels(path):
+            found = found.out_of(centre, angles)
     picks = picks_section(found, str(path), chosen)
     _, rows, columns = record.source.shape
     half = np.hypot(rows, columns) * record.source.pixel_size / 2
@@ -393,14 +393,15 @@ def _in_pixels(path: Path) -> bool:
 
 def _frame(
     record: TiltSeriesRecord, tomogram: Path | None
-) -> tuple[tuple[int, int, int] | None, float | None, tuple[float, float, float]]:
-    """Shape [z, y, x], pixel size and centre of the tomogram that pixels refer to: the one given, else the only one."""
+) -> tuple[tuple[int, int, int] | None, float | None, tuple[float, float, float], tuple[float, float, float]]:
+    """Shape [z, y, x], pixel size, centre and angles of the tomogram of the pixels: the one given, else the only one."""
     nowhere = (0.0, 0.0, 0.0)
     if tomogram is not None:
         images = mrc.open_stack(tomogram)
-        listed = (known for known in record.tomograms if os.path.abspath(known.file) == os.path.abspath(tomogram))
-        return images.shape, images.pixel_size, next((known.centre for known in listed), nowhere)
+        listed = [known for known in record.tomograms if os.path.abspath(known.file) == os.path.abspath(tomogram)]
+        place = (listed[0].centre, listed[0].angles) if listed else (nowhere, nowhere)
+        return images.shape, images.pixel_size, *place
     whole = [known for known in record.tomograms if known.half is None]
     if len(whole) == 1:
-        return whole[0].shape, whole[0].pixel_size, whole[0].centre
-    return None, None, nowhere
+        return whole[0].shape, whole[0].pixel_size, whole[0].centre, whole[0].angles
+    return None, None, nowhere, nowhere

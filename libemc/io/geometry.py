@@ -174,6 +174,15 @@ class Picks:
             if value is not None:
                 object.__setattr__(self, name, np.asarray(value, dtype=np.float64).reshape(len(self.xyz)))
 
+    def out_of(self, centre: ArrayLike, angles: tuple[float, float, float]) -> Picks:
+        """The same in the specimen, of picks in a volume that lies there with `centre` (3,) Å and `angles` (rot, tilt, psi)."""
+        turn = matrix_from_euler(*angles)
+        moved = replace(self, xyz=np.asarray(centre) + self.xyz @ turn.T)
+        if self.rot is None or self.tilt is None or self.psi is None or not any(angles):
+            return moved
+        rot, tilt, psi = euler_from_matrix(turn @ matrix_from_euler(self.rot, self.tilt, self.psi))
+        return replace(moved, rot=rot, tilt=tilt, psi=psi)
+
     @property
     def count(self) -> int:
         """How many picks."""

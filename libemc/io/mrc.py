@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -182,15 +183,11 @@ class _Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._replacement.discard)  # of what has taken its name nothing is left
             if kind is None:
                 self._finish()
                 self._replacement.commit()
-                return
-        except BaseException:
-            self._replacement.discard()
-            raise
-        self._replacement.discard()
 
     def _finish(self) -> None:
         raise NotImplementedError

@@ -33,6 +33,7 @@ from libemc.numerics.dose import exposure_filter
 from libemc.numerics.filters import normalise
 from libemc.numerics.masks import cosine_edge
 from libemc.numerics.patches import cut_patches
+from libemc.numerics.rotations import matrix_from_euler
 from libemc.numerics.slices import Backprojection, Band
 from libemc.records import TiltSeriesRecord, Tomogram, need
 
@@ -70,11 +71,18 @@ class Grid:
         shape: (z, y, x).
         pixel_size: Å.
         centre: (x, y, z) Å of the voxel at n//2 of each axis, from the specimen's origin.
+        angles: rot, tilt, psi: v Å from that voxel along the volume's axes is centre + R·v in the specimen.
     """
 
     shape: tuple[int, int, int]
     pixel_size: float
     centre: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    angles: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    @property
+    def rotation(self) -> Tensor:
+        """R of the angles, (3, 3) float64."""
+        return matrix_from_euler(*(torch.tensor(a, dtype=torch.float64) for a in self.angles))
 
     @staticmethod
     def of(
@@ -82,6 +90,7 @@ class Grid:
         binning: int,
         thickness: float | None = None,
         region: tuple[float, ...] | None = None,
+        angles: tuple[float, float, float] = (0.0, 0.0, 0.0),
     ) -> Grid:
         """The grid of a tilt series: the image's field, its sides exchanged where the tilt axis lies nearer to image x.
 
@@ -89,6 +98,7 @@ class Grid:
             binning: image pixels to a voxel.
             thickness: Å along z; by default 1.5 times the alignment's, else 3000 but at most half of the field.
             region: x0, x1, y0, y1, z0, z1 in Å from the origin; cut to whole voxels, it overrules `thickness`.
+            angles: rot, tilt, psi, degrees, by which all is turned about its middle.
 
         Raises:
             InputError: fewer than 8 voxels on a side, or a region that no image shows.
@@ -111,17 +121,21 @@ class Grid:
             shape = (sides[2], sides[1], sides[0])
             middle = [(a + n // 2) * pixel_size for a, n in zip(low, sides, strict=True)]
             centre = (middle[0], middle[1], middle[2])
-            _check_seen(record, region)
+        grid = Grid(shape, pixel_size, centre, angles)
+        if region is not None:
+            _check_seen(record, grid)
         if min(shape) < LEAST_VOXELS:
             what = f"a tomogram of {shape[2]} x {shape[1]} x {shape[0]} voxels is too small"
             raise InputError(what, record.name, "choose a smaller --bin or a larger --thickness or --region")
-        return Grid(shape, pixel_size, centre)
+        return grid
 
 
-def _check_seen(record: TiltSeriesRecord, region: tuple[float, ...]) -> None:
-    """Raise unless some used image shows some of a grid of points of a region."""
-    lines = [torch.linspace(a, b, 9, dtype=torch.float64) for a, b in zip(region[0::2], region[1::2], strict=True)]
-    positions, _ = TiltGeometry.of(need(record, "alignment"), record.tilts.use).project(torch.cartesian_prod(*lines))
+def _check_seen(record: TiltSeriesRecord, grid: Grid) -> None:
+    """Raise unless some used image shows some of a lattice of points of a volume."""
+    halves = [n * grid.pixel_size / 2 for n in grid.shape[::-1]]
+    lattice = torch.cartesian_prod(*(torch.linspace(-h, h, 9, dtype=torch.float64) for h in halves))
+    points = torch.tensor(grid.centre, dtype=torch.float64) + lattice @ grid.rotation.T
+    positions, _ = TiltGeometry.of(need(record, "alignment"), record.tilts.use).project(points)
     _, rows, columns = record.source.shape
     half = torch.tensor([columns, rows]) * record.source.pixel_size / 2
     if not bool(((positions.abs() < half).all(dim=2) & torch.tensor(record.tilts.use)).any()):
@@ -605,6 +619,11 @@ def reconstruct(
         InputError: so little memory isn't enough.
     """
     device = torch.device(device)
+    if any(grid.angles):  # the same in a frame along the volume's axes
+        turn = grid.rotation
+        geometry = replace(geometry, matrices=geometry.matrices @ turn)
+        x, y, z = (turn.T @ torch.tensor(grid.centre, dtype=torch.float64)).tolist()
+        grid = Grid(grid.shape, grid.pixel_size, (x, y, z))
     tiling, threads = _workers(grid, len(images), 1 if device.type != "cpu" else torch.get_num_threads(), memory)
     counts = [len(e) - 1 for e in tiling.edges]
     stretch = _stretch(geometry, tiling, grid)
@@ -667,6 +686,7 @@ def tomogram_entry(
         corrections=tuple(corrections),
         half=half,
         centre=grid.centre,
+        angles=grid.angles,
     )
 
 

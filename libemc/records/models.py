@@ -236,6 +236,8 @@ class Tomogram(Section):
     """Which half of the data; null means all of it."""
     centre: Vector = (0.0, 0.0, 0.0)
     """Where the volume's centre lies in the tomogram."""
+    angles: Vector = (0.0, 0.0, 0.0)
+    """How the volume is turned about its centre: rot, tilt and psi of its axes."""
 
 
 class Picks(Section):

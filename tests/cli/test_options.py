@@ -48,6 +48,7 @@ def test_memory_sizes(text: str, size: int) -> None:
         (options.label_name, "a/b"), (options.label_name, ".hidden"), (options.label_name, ""),
         (options.label_name, "-x"),
         (options.numbers, "1,,2"), (options.region_bounds, "0,1,0,1,0"), (options.region_bounds, "1,0,0,1,0,1"),
+        (options.three_angles, "10,20"), (options.three_angles, "1,2,3,4"), (options.three_angles, "a,b,c"),
     ],
 )  # fmt: skip
 def test_values_that_are_refused(kind: Callable[[str], object], text: str) -> None:
@@ -71,6 +72,8 @@ def test_negative_numbers_are_values_and_not_options() -> None:
     assert parsed("--axis", "-85.5", add=options.axis).axis == -85.5
     bounds = (-10.0, 10.0, -20.0, 20.0, -5.0, 5.0)
     assert parsed("--region=-10,10,-20,20,-5,5", add=options.region).region == bounds
+    assert parsed("--turn=-10,20,-30.5", add=options.turn).turn == (-10.0, 20.0, -30.5)
+    assert parsed("--turn", "-10,20,-30.5", add=options.turn).turn == (-10.0, 20.0, -30.5)
 
 
 def test_defaults_belong_to_the_option_or_are_given_by_the_program() -> None:

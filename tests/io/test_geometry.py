@@ -51,6 +51,19 @@ def test_mirror_image_gives_the_same_images() -> None:
     np.testing.assert_allclose(seen, alignment.project(points), atol=EXACT)
 
 
+def test_picks_of_a_turned_volume_are_where_its_record_says() -> None:
+    angles, inside = (20.0, 50.0, -30.0), (70.0, 110.0, 5.0)
+    turn = Rotation.from_euler("ZYZ", angles, degrees=True).inv()
+    picks = geometry.Picks([[10.0, -20.0, 30.0]], [inside[0]], [inside[1]], [inside[2]], [0.5])
+    moved = picks.out_of((1.0, 2.0, 3.0), angles)
+    np.testing.assert_allclose(moved.xyz[0], turn.apply([10.0, -20.0, 30.0]) + np.array([1.0, 2.0, 3.0]), atol=1e-9)
+    pose = turn * Rotation.from_euler("ZYZ", inside, degrees=True).inv()
+    np.testing.assert_allclose(moved.matrices[0], pose.as_matrix(), atol=1e-9)
+    assert moved.score[0] == 0.5
+    upright = picks.out_of((1.0, 2.0, 3.0), (0.0, 0.0, 0.0))
+    assert (upright.rot[0], upright.tilt[0], upright.psi[0]) == inside
+
+
 def test_larger_defocus_comes_first() -> None:
     ctf = geometry.Ctf(defocus_u=[1e4, 3e4], defocus_v=[2e4, 1e4], angle=[10.0, 20.0])
     np.testing.assert_array_equal(ctf.defocus_u, [2e4, 3e4])

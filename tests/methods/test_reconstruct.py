@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import map_coordinates
+from scipy.spatial.transform import Rotation
 
 from libemc.errors import InputError
 from libemc.methods import reconstruct as rec
@@ -52,9 +53,10 @@ def smooth_noise(shape, cut=0.4, seed=0):
 
 def direct(images, geometry, grid):
     """Σ_j image_j at the projection of each voxel, by splines of order 5; and whether all projections are well inside."""
-    axes = [(np.arange(n) - n // 2) * grid.pixel_size + c for n, c in zip(grid.shape, grid.centre[::-1], strict=True)]
+    axes = [(np.arange(n) - n // 2) * grid.pixel_size for n in grid.shape]
     z, y, x = np.meshgrid(*axes, indexing="ij")
-    points = torch.from_numpy(np.stack([x.ravel(), y.ravel(), z.ravel()], axis=1))
+    turn = Rotation.from_euler("ZYZ", grid.angles, degrees=True).inv().as_matrix()
+    points = torch.from_numpy(np.stack([x.ravel(), y.ravel(), z.ravel()], axis=1) @ turn.T + grid.centre)
     positions = geometry.project(points)[0].numpy() / grid.pixel_size
     total, inside = np.zeros(len(points)), np.ones(len(points), bool)
     rows, columns = images.shape[1:]
@@ -94,6 +96,18 @@ def test_tiles_are_direct_back_projection(scene, box, monkeypatch):
                 np.take(inside, range(edge - 2, edge + 2), axis)
             ]
             assert np.sqrt(np.mean(seam**2)) < REPLICAS * spread
+
+
+def test_turned_tiles_are_direct_back_projection(scene, monkeypatch):
+    monkeypatch.setattr(rec, "SMALLEST_TILE", 54)
+    monkeypatch.setattr(rec, "LARGEST_TILE", 54)
+    images, g, grid = scene
+    g = replace(g, deformation=deformation(len(TILTS), 5.0))
+    turned = replace(grid, angles=(25.0, 40.0, -70.0))
+    expected, inside = direct(images, g, turned)
+    assert inside.mean() > 0.5
+    error = volume_of(images, g, turned) - expected
+    assert np.sqrt(np.mean(error[inside] ** 2)) < 2 * REPLICAS * expected[inside].std()
 
 
 def deformation(count, size, nodes=(3, 4), extent=(1500.0, 1600.0), seed=5):
@@ -383,6 +397,11 @@ def test_grid():
     assert Grid.of(record(0.0, thickness=600.0), 4).shape[0] == 114  # known: not cut to the half of the field
     with pytest.raises(InputError, match="--region"):
         Grid.of(record(0.0), 4, region=(900.0, 1100.0, 0.0, 100.0, -40.0, 40.0))
+    turned = Grid.of(record(0.0), 4, region=(-80.0, 80.0, 0.0, 104.0, -160.0, -80.0), angles=(10.0, 20.0, 30.0))
+    assert (turned.shape, turned.centre) == (part.shape, part.centre)  # it turns about its middle
+    with pytest.raises(InputError, match="--region"):  # long and beyond the field but for its turned ends
+        Grid.of(record(0.0), 4, region=(-2000.0, 2000.0, 900.0, 940.0, -40.0, 40.0))
+    Grid.of(record(0.0), 4, region=(-2000.0, 2000.0, 900.0, 940.0, -40.0, 40.0), angles=(70.0, 0.0, 0.0))
     assert Grid.of(record(0.0), 4, region=(300.0, 600.0, 0.0, 100.0, -40.0, 40.0)).shape == (10, 12, 37)  # in part
 
 

@@ -430,6 +430,7 @@ CASES = {
     "tomogram: too few tilts": case(TOMOGRAM, put(INFO, "tilts", "use", value=[True] + [False] * 4), INFO, "1 tilts"),
     "tomogram: too small": case(f"{TOMOGRAM} --bin 40", None, "TS_01", "too small", "--bin"),
     "tomogram: region turned round": case(f"{TOMOGRAM} --region=10,-10,0,1,0,1", None, "--region", "x0 < x1"),
+    "tomogram: two angles": case(f"{TOMOGRAM} --turn 10,20", None, "--turn", "rot,tilt,psi"),
     "tomogram: no CUDA": case(f"{TOMOGRAM} --device cuda:99", None, "--device", "choose cpu"),
     "tomogram: no room": case(TOMOGRAM, NO_ROOM, "free some space"),
     "tomogram: disk full": case(TOMOGRAM, FULL, "tomograms/TS_01_bin2.mrc", "no space left"),

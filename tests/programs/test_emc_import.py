@@ -362,6 +362,10 @@ def test_picks(imported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records.update(path, lambda r: r.model_copy(update={"tomograms": (part,)}), records.TiltSeriesRecord)
     assert ran("--picks", "px.star", "--label", "part", "TS_01") == 0
     assert record().picks["part"].xyz == ((16.0, 24.0, -8.0),)
+    turned = part.model_copy(update={"angles": (0.0, 0.0, 90.0)})  # its x is the specimen's -y
+    records.update(path, lambda r: r.model_copy(update={"tomograms": (turned,)}), records.TiltSeriesRecord)
+    assert ran("--picks", "px.star", "--label", "turned", "TS_01") == 0
+    np.testing.assert_allclose(record().picks["turned"].xyz, [(0.0, 8.0, -8.0)], atol=1e-9)
     Path("far.csv").write_text("5000 0 0\n")
     assert "no point within the images" in refused(capsys, "--picks", "far.csv", "--label", "far", "TS_01")
     Path("some.csv").write_text("5000 0 0\n1 1 1\n")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import ArrayLike
+from scipy.spatial.transform import Rotation
 
 import emc_tomogram
 from libemc import alignments, records
@@ -234,6 +235,23 @@ def test_load_reconstructs_what_is_there(project: Path) -> None:
     names = [f"tomograms/ts_bin1_{word}.mrc" for word in ("region", "blob", "blob_even", "blob_odd")]
     assert [made.file for made in records.load_tiltseries("ts").tomograms] == names
     assert all(Path(name).is_file() and Path(name).with_suffix(".png").is_file() for name in names)
+
+
+def test_a_turned_region_stands_as_its_angles_say(project: Path) -> None:
+    point = write(known())[0][0]
+    region, turn = "100,420,-260,-60,-20,180", "90,90,0"  # the volume's x, y and z are the specimen's -y, z and -x
+    assert run("ts", "--bin", "1", "--load", "--no-dose", "--region", region, "--turn", turn) == 0
+    (made,) = records.load_tiltseries("ts").tomograms
+    assert made.file == "tomograms/ts_bin1_region.mrc" and made.angles == (90.0, 90.0, 0.0)
+    volume, pixel_size = mrc.read_volume(made.file)
+    assert volume.shape[::-1] == (16, 10, 10) and made.centre == (260.0, -160.0, 80.0)
+    z, y, x = np.unravel_index(volume.argmin(), volume.shape)
+    v = (np.array([x, y, z]) - np.array(volume.shape[::-1]) // 2) * pixel_size
+    turned = Rotation.from_euler("ZYZ", made.angles, degrees=True).inv().as_matrix()
+    assert np.abs(turned @ v + made.centre - point).max() <= pixel_size
+    assert np.abs(v - (0, 0, 60)).max() <= pixel_size
+    assert run("ts", "--bin", "2", "--load", "--no-dose", "--turn", "0,0,45") == 0  # never the name of the upright one
+    assert records.load_tiltseries("ts").tomograms[-1].file == "tomograms/ts_bin2_turned.mrc"
 
 
 def optics() -> Ctf:
