@@ -1,4 +1,4 @@
-"""What every test shares: a thread a worker, shapes checked at run time, independent test data, a project directory.
+"""What every test shares: a thread a worker, types checked at run time, independent test data, a project directory.
 
 The settings at the top come before torch, numba and libemc.numerics are imported for the first time: the number of
 threads can't be changed later, and the import hook sees only what is imported after it.
@@ -15,8 +15,8 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest  # noqa: E402
+from beartype.claw import beartype_packages  # noqa: E402
 from hypothesis import settings  # noqa: E402
-from jaxtyping import install_import_hook  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -27,7 +27,7 @@ _CHECKED = [
     for file in sorted((ROOT / "libemc" / "numerics").glob("[a-z]*.py"))
     if not re.search(r"^\s*(import|from) numba\b", file.read_text(encoding="utf-8"), re.MULTILINE)
 ]
-install_import_hook(_CHECKED, "beartype.beartype")
+beartype_packages(_CHECKED)
 
 # Tests are never timed, and the same on every run.
 settings.register_profile("emc", deadline=None, derandomize=True)

@@ -128,7 +128,7 @@ def half_map_resolution(
     if mask is None:
         curves = {"unmasked": fourier_shell_correlation(half1, half2)}
     else:
-        curves = corrected_fsc(half1, half2, mask, generator)._asdict()
+        curves = vars(corrected_fsc(half1, half2, mask, generator))
     main = list(curves)[-1]
     share = 0.5 * (1.0 if mask is None else independent_fraction(mask))
     bits = {name: information_threshold(curves[main], b, share).values for name, b in BITS.items()}

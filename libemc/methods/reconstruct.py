@@ -652,6 +652,18 @@ def reconstruct(
             yield low, slab[:, : done - low].numpy()
 
 
+def small_tomogram(
+    images: NDArray[np.float32], geometry: TiltGeometry, grid: Grid, weighting: Weighting
+) -> NDArray[np.float32]:
+    """A tomogram in memory, (z, y, x), from the used ones of images (T, y, x) at the grid's pixel size."""
+    tilts = [j for j in range(len(images)) if bool(geometry.use[j])]
+    chosen = geometry.select(tilts)
+    filtered = np.empty((len(tilts), *images.shape[1:]), np.float32)
+    for _ in prepare_images(lambda j: images[tilts[j]], chosen, 1, grid.pixel_size, weighting, filtered):
+        pass
+    return np.concatenate([slab for _, slab in reconstruct(filtered, chosen, grid)], axis=1)
+
+
 def _stretch(geometry: TiltGeometry, tiling: Tiling, grid: Grid) -> float:
     """The largest local scale, 1 or more: the images' coefficients beyond its inverse have no place in a tile's cube."""
     largest = float(geometry.magnification.max())

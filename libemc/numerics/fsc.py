@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +37,8 @@ class Curve:
     count: Tensor
 
 
-class CorrectedFSC(NamedTuple):
+@dataclass(frozen=True)
+class CorrectedFSC:
     """What `corrected_fsc` finds, in the order in which it is found."""
 
     unmasked: Curve

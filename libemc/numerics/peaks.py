@@ -57,6 +57,15 @@ def _parabola(maps: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return offset, top + gain
 
 
+def vertex(left: float, middle: float, right: float) -> float:
+    """Where the parabola through three equidistant values is highest, in steps from the middle one, at most half a step.
+
+    Where they bend upwards it is the middle one.
+    """
+    bend = left + right - 2 * middle
+    return 0.0 if bend >= 0 else min(max((left - right) / (2 * bend), -0.5), 0.5)
+
+
 def highest_peak(maps: Tensor, ndim: int = 2) -> tuple[Tensor, Tensor]:
     """The highest point of each map, refined by a paraboloid through its neighbours.
 

@@ -399,9 +399,9 @@ def test_grid():
         Grid.of(record(0.0), 4, region=(900.0, 1100.0, 0.0, 100.0, -40.0, 40.0))
     turned = Grid.of(record(0.0), 4, region=(-80.0, 80.0, 0.0, 104.0, -160.0, -80.0), angles=(10.0, 20.0, 30.0))
     assert (turned.shape, turned.centre) == (part.shape, part.centre)  # it turns about its middle
-    with pytest.raises(InputError, match="--region"):  # long and beyond the field but for its turned ends
-        Grid.of(record(0.0), 4, region=(-2000.0, 2000.0, 900.0, 940.0, -40.0, 40.0))
-    Grid.of(record(0.0), 4, region=(-2000.0, 2000.0, 900.0, 940.0, -40.0, 40.0), angles=(70.0, 0.0, 0.0))
+    with pytest.raises(InputError, match="no used image"):  # long and beyond the field but for its turned ends
+        Grid.of(record(0.0), 4, region=(-2000.0, 2000.0, 880.0, 960.0, -40.0, 40.0))
+    Grid.of(record(0.0), 4, region=(-2000.0, 2000.0, 880.0, 960.0, -40.0, 40.0), angles=(70.0, 0.0, 0.0))
     assert Grid.of(record(0.0), 4, region=(300.0, 600.0, 0.0, 100.0, -40.0, 40.0)).shape == (10, 12, 37)  # in part
 
 

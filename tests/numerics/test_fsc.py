@@ -113,7 +113,8 @@ def test_correction_takes_away_what_the_mask_brings() -> None:
     mask = soft_sphere(n, 7.0, 3.0).double()
     signal = torch.fft.ifftn(torch.fft.fftn(noise(n, n, n, seed=9) * mask) * (shell < cut + 0.5)).real
     halves = [60 * signal + noise(n, n, n, seed=s) for s in (10, 11)]
-    unmasked, masked, randomised, corrected = fsc.corrected_fsc(*halves, mask, torch.Generator().manual_seed(0))
+    found = fsc.corrected_fsc(*halves, mask, torch.Generator().manual_seed(0))
+    unmasked, masked, randomised, corrected = found.unmasked, found.masked, found.randomised, found.corrected
     start = int((unmasked.values[1:] < fsc.RANDOMISE_BELOW).nonzero()[0]) + 1
     assert start == cut + 1
     assert torch.equal(corrected.values[: start + 2], masked.values[: start + 2])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from libemc.numerics.peaks import find_peaks, highest_peak
+from libemc.numerics.peaks import find_peaks, highest_peak, vertex
 
 
 def quadratic(shape: tuple[int, ...], top: np.ndarray, curvature: np.ndarray, height: float = 3.0) -> torch.Tensor:
@@ -87,3 +87,15 @@ def test_all_peaks_of_noise_against_a_loop() -> None:
     offset = positions[:, None] - torch.tensor(expected)
     assert bool((offset.abs().amax(dim=2).amin(dim=1) <= 1).all())
     assert bool((values >= 0.5).all())
+
+
+@pytest.mark.parametrize("place", [-0.5, -0.2, 0.0, 0.31])
+def test_the_vertex_of_a_parabola_is_exact(place: float) -> None:
+    assert vertex(*(3.0 - 2.0 * (x - place) ** 2 for x in (-1, 0, 1))) == pytest.approx(place)
+
+
+def test_a_vertex_stays_by_the_middle() -> None:
+    assert vertex(2.0, 1.0, 2.0) == 0.0  # bent upwards
+    assert vertex(1.0, 1.0, 1.0) == 0.0
+    assert vertex(0.0, 1.0, 1.9) == 0.5  # beyond half a step
+    assert vertex(1.9, 1.0, 0.0) == -0.5

@@ -15,6 +15,7 @@ from libemc.methods.align import common_lines
 from libemc.methods.align.images import Images
 from libemc.methods.align.search import PADDING, Signal, highest_of, warp
 from libemc.numerics import fourier
+from libemc.numerics.peaks import vertex
 from libemc.numerics.rotations import tilt_matrices
 
 DETAILS = (60.0, 120.0, 240.0, 480.0)  # Å: what signals may be made of; one of them is chosen to begin with
@@ -118,8 +119,7 @@ class Pairs:
         for part in (2, 4):
             best = max((best - step / part, best, best + step / part), key=self.agreement)
         left, middle, right = (self.agreement(best + step / 4 * i) for i in (-1, 0, 1))
-        bend = left + right - 2 * middle
-        return best + (0.0 if bend >= 0 else step / 4 * float(np.clip((left - right) / (2 * bend), -0.5, 0.5)))
+        return best + step / 4 * vertex(left, middle, right)
 
     def candidates(self) -> list[float]:
         """Directions of the axis in [-90, 90), the best first, at least `CANDIDATES_APART` from each other."""
@@ -149,6 +149,4 @@ def by_lines(images: Images, tilt: Sequence[float], axis: float) -> float | None
     best = int(np.clip(scores.argmax(), 1, len(near) - 2))
     if scores[best] < LINES_ALONE:
         return None
-    left, middle, right = scores[best - 1 : best + 2]
-    bend = float(left + right - 2 * middle)
-    return float(near[best]) + (0.0 if bend >= 0 else float(np.clip((left - right) / (2 * bend), -0.5, 0.5)))
+    return float(near[best]) + vertex(*scores[best - 1 : best + 2].tolist())

@@ -19,6 +19,7 @@ from libemc.errors import InputError
 from libemc.methods.align.axis import AXIS_STEP, Pairs, by_lines
 from libemc.methods.align.images import SMALL_SIZE, Images, prepare
 from libemc.methods.align.search import BETTER, LIKELY, PADDING, SURE, Search
+from libemc.numerics.peaks import vertex
 from libemc.records import Alignment, TiltSeriesRecord
 
 SLAB = 1000.0  # Å: thickness assumed where none is known
@@ -135,8 +136,7 @@ def _refined(search: Search, axis: float) -> tuple[Search, float]:
     if best != axis:
         best = min((best, 2 * best - axis), key=at)
     left, middle, right = (at(best + AXIS_REACH * i) for i in (-1, 0, 1))
-    bend = left + right - 2 * middle
-    best += 0.0 if bend <= 0 else AXIS_REACH * float(np.clip((left - right) / (2 * bend), -0.5, 0.5))
+    best += AXIS_REACH * vertex(-left, -middle, -right)
     return nearest(best).derived(best, search.images), best
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from libemc.methods.align.landmarks import blurred
 from libemc.methods.align.tracks import LOWEST, Cutter, Evidence, Scale
 from libemc.methods.subtilts import TiltGeometry
-from libemc.numerics.peaks import find_peaks
+from libemc.numerics.peaks import find_peaks, vertex
 
 SIGNIFICANT = 7.0  # robust deviations of the tomogram's detail: less dark is no bead
 SHARE = 0.3  # of the darkest spot: beads are alike
@@ -107,8 +107,7 @@ def likeness(patches: Tensor, pixel_size: float) -> Likeness:
     weighted = rise * (torch.arange(1, last).float() - 0.5)  # of the whole circle
     edge = int(weighted.argmax())
     left, here, right = (float(weighted[min(max(edge + i, 0), len(weighted) - 1)]) for i in (-1, 0, 1))
-    bend = left + right - 2 * here
-    place = edge + 0.5 + (0.0 if bend >= 0 else float(np.clip((left - right) / (2 * bend), -0.5, 0.5)))
+    place = edge + 0.5 + vertex(left, here, right)
     inside, core = radius <= 1.5 * place, radius <= place
     model = profile[ring].reshape(n, n)
     outer = (radius > min(2.5 * place, last)) & (radius <= last + 1)

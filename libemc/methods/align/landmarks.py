@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from libemc.methods.reconstruct import Grid, Weighting, prepare_images, reconstruct
+from libemc.methods.reconstruct import Grid, Weighting, small_tomogram
 from libemc.methods.subtilts import TiltGeometry
 from libemc.numerics.peaks import find_peaks
 
@@ -34,15 +34,10 @@ def coarse_tomogram(images: NDArray[np.float32], pixel_size: float, geometry: Ti
     Returns:
         (z, y, x), origin at n//2; x and y reach as far as the images' longer side.
     """
-    tilts = [j for j in range(len(images)) if bool(geometry.use[j])]
-    chosen = geometry.select(tilts)
     n = max(images.shape[1:])
-    filtered = np.empty((len(tilts), *images.shape[1:]), np.float32)
-    weighting = Weighting(thickness=depth, lowpass=3 * pixel_size)
-    for _ in prepare_images(lambda j: images[tilts[j]], chosen, 1, pixel_size, weighting, filtered):
-        pass
     grid = Grid((2 * max(4, math.ceil(depth / pixel_size / 2)), n, n), pixel_size)
-    return torch.from_numpy(np.concatenate([slab for _, slab in reconstruct(filtered, chosen, grid)], axis=1))
+    weighting = Weighting(thickness=depth, lowpass=3 * pixel_size)
+    return torch.from_numpy(small_tomogram(images, geometry, grid, weighting))
 
 
 def blurred(volume: Tensor, sigma: float) -> Tensor:

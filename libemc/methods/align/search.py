@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from libemc.methods.align.images import FINEST, SMALL_SIZE, Images
-from libemc.methods.reconstruct import Grid, Weighting, prepare_images, reconstruct
+from libemc.methods.reconstruct import Grid, Weighting, small_tomogram
 from libemc.methods.subtilts import TiltGeometry
 from libemc.numerics import fourier
 from libemc.numerics.peaks import highest_peak
@@ -404,17 +404,11 @@ class Search:
         g = TiltGeometry(
             self.matrices[known], self.shift[known] / scale, torch.ones(count).double(), torch.ones(count).bool()
         )
-        filtered = np.empty((count, n, n), np.float32)
         weighting = Weighting(thickness=n / 2, lowpass=SLAB_DETAIL / images.pixel_size)
-        for _ in prepare_images(lambda j: images.pixels[known[j]].numpy(), g, 1, 1.0, weighting, filtered):
-            pass
         depth = 2 * (n // 3)
         core = slice(n // 5, n - n // 5)
-        rows = [
-            slab[:, max(core.start - y, 0) : max(core.stop - y, 0), core]
-            for y, slab in reconstruct(filtered, g, Grid((depth, n, n), 1.0))
-        ]
-        detail = np.concatenate(rows, axis=1)
+        volume = small_tomogram(images.pixels[known].numpy(), g, Grid((depth, n, n), 1.0), weighting)
+        detail = volume[:, core, core]
         limit = 3 * 1.4826 * float(np.median(np.abs(detail)))  # gold must not decide alone
         profile = np.square(np.clip(detail, -limit, limit)).mean((1, 2))
         empty = np.median(np.sort(profile)[: depth // 4])

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from libemc.methods.reconstruct import Grid, Weighting, prepare_images, reconstruct
+from libemc.methods.reconstruct import Grid, Weighting, small_tomogram
 from libemc.methods.subtilts import TiltGeometry
 from libemc.numerics.filters import bandpass
 from libemc.numerics.rotations import tilt_angles_from_matrix
@@ -96,16 +96,11 @@ def half_tomograms(
     order = used[torch.argsort(torch.acos(height) * side)].tolist()
     n = max(images.shape[1:])
     n_z = 2 * round((2 / 3 * n if depth is None else depth / pixel_size) / 2)
-    halves = []
-    for part in (order[0::2], order[1::2]):
-        chosen = geometry.select(part)
-        filtered = np.empty((len(part), *images.shape[1:]), np.float32)
-        weighting = Weighting(thickness=n * pixel_size / 2)
-        for _ in prepare_images(lambda j, part=part: images[part[j]], chosen, 1, pixel_size, weighting, filtered):  # type: ignore[misc]
-            pass
-        rows = [slab for _, slab in reconstruct(filtered, chosen, Grid((n_z, n, n), pixel_size))]
-        halves.append(np.concatenate(rows, axis=1))
-    return halves[0], halves[1]
+    grid, weighting = Grid((n_z, n, n), pixel_size), Weighting(thickness=n * pixel_size / 2)
+    first, second = (
+        small_tomogram(images[part], geometry.select(part), grid, weighting) for part in (order[0::2], order[1::2])
+    )
+    return first, second
 
 
 def _detail(volume: NDArray[Any], pixel_size: float) -> tuple[NDArray[np.float32], float]:

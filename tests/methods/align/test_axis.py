@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from libemc.methods.align.axis import AXIS_STEP, DETAILS, PAIR_STRETCH, STRETCH_TOLERANCE, Pairs
+from libemc.methods.align.axis import AXIS_STEP, DETAILS, PAIR_STRETCH, STRETCH_TOLERANCE, Pairs, by_lines
 from libemc.methods.align.images import SMALL_SIZE
 from libemc.methods.align.search import Signal
+from tests.methods.align.lone_object import lone_object
 from tests.methods.align.slab_series import AXIS, LOW, PIXEL_SIZE, TILTS, in_common, prepared, slab_series
 
 
@@ -47,3 +50,11 @@ def test_a_parabola_is_refined_exactly(pairs, monkeypatch, best):
     """Of which the vertex lies within the steps."""
     monkeypatch.setattr(pairs, "agreement", lambda axis: -((axis - best) ** 2))
     assert pairs.refine(AXIS, AXIS_STEP) == pytest.approx(best)
+
+
+def test_lines_of_a_lone_object_know_the_axis_and_those_of_a_slab_do_not():
+    tilts = np.linspace(-60, 60, 41)
+    whole = lone_object(31.0, tilts)
+    alone = replace(prepared(whole.numpy()), pixels=whole)  # without the filter, which is made for slabs
+    assert by_lines(alone, tilts.tolist(), 33.0) == pytest.approx(31.0, abs=1.0)
+    assert by_lines(prepared(slab_series()[0]), TILTS.tolist(), AXIS) is None

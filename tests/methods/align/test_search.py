@@ -170,3 +170,18 @@ def test_what_has_no_place_is_placed_beside_the_others(series):
     assert float(error[found].max()) < 0.5
     others = [j for j in range(len(TILTS)) if j not in found]
     assert torch.equal(search.shift[others], before[others])
+
+
+def test_images_without_a_place_lie_between_their_neighbours(series):
+    images, shift = series[:2]
+    search = at_their_places(prepared(images), shift)
+    before = search.shift.clone()
+    for j in (0, 7, 8):
+        search.shift[j] = 99.0
+        del search.deviations[j]
+    search.fill()
+    others = [j for j in range(len(TILTS)) if j not in (0, 7, 8)]
+    assert torch.equal(search.shift[others], before[others])
+    share = torch.from_numpy((TILTS[7:9] - TILTS[6]) / (TILTS[9] - TILTS[6]))[:, None]
+    torch.testing.assert_close(search.shift[7:9], before[6] + share * (before[9] - before[6]))
+    assert torch.equal(search.shift[0], before[1])
