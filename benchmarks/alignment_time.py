@@ -21,7 +21,7 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 import torch
-from alignments import Cost, program
+from commands import Cost, program
 
 from libemc import records
 from libemc.io.simulated import detector_stack

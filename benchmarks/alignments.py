@@ -24,7 +24,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import time
 import traceback
@@ -36,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from commands import Cost, Parameters, chosen, log_uniform, program, words
 
 from libemc import records
 from libemc.methods import evaluate, phantom, simulate
@@ -43,8 +43,6 @@ from libemc.methods.subtilts import TiltGeometry
 from libemc.numerics import fourier, grids
 from libemc.numerics.ctf import Optics, ctf
 from libemc.numerics.rotations import tilt_matrices
-
-Parameters = dict[str, Any]
 
 LEAST_FLUX = 0.35  # e/Å²
 LEAST_EVIDENCE = 1500.0  # summed power of the particles over that of the noise, in the most tilted image
@@ -59,11 +57,6 @@ VOLUME_SIDE = 64  # voxels of the tomogram's longer side, about: only the alignm
 
 
 # -------------------------------------------------------------------------------------------------------------- drawing
-
-
-def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
-    """A number of any order of magnitude between the two."""
-    return float(math.exp(rng.uniform(math.log(low), math.log(high))))
 
 
 @functools.lru_cache
@@ -224,50 +217,7 @@ def bounded_drift(p: Parameters, count: int, tilts: list[float], far: float) -> 
     return drift * min(1.0, 1 / 3 / most)
 
 
-def words(parameters: Parameters) -> list[str]:
-    """The options of emc_simulate."""
-    out: list[str] = []
-    for key, value in parameters.items():
-        if key.startswith("_"):
-            continue
-        if key in ("bad", "missing", "particle"):
-            for item in value:
-                out += [f"--{key}", str(item)]
-        elif isinstance(value, list):
-            out += [f"--{key}", *map(str, value)]
-        else:
-            out += [f"--{key}", str(value)]
-    return out
-
-
 # ------------------------------------------------------------------------------------------------------------- programs
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a command took: CPU seconds, peak memory in MB, wall seconds."""
-
-    seconds: float
-    memory: float
-    wall: float
-
-
-def program(argv: list[str], folder: Path, log: Path, threads: int = 1) -> Cost:
-    """Run one command in a folder; what it says is added to a log.
-
-    Raises:
-        RuntimeError: it failed; with its last line.
-    """
-    began = time.perf_counter()
-    with log.open("ab") as out:
-        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        child = subprocess.Popen(argv, cwd=folder, stdout=out, stderr=out, env=env)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        lines = log.read_text(errors="replace").strip().splitlines()
-        raise RuntimeError(f"{argv[0]} failed ({child.returncode}): {lines[-1] if lines else ''}")
-    return Cost(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, time.perf_counter() - began)
 
 
 def name_of(number: int) -> str:
@@ -501,10 +451,7 @@ def main() -> int:
     parser.add_argument("--stage", choices=STAGES, default="program")
     parser.add_argument("--coarse-here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    numbers = list(range(args.count))
-    if args.only:
-        spans = [part.split("-") for part in args.only.split(",")]
-        numbers = [k for span in spans for k in range(int(span[0]), int(span[-1]) + 1)]
+    numbers = chosen(args.count, args.only)
     folder = args.folder.absolute()
     if args.coarse_here:
         coarse_here(folder, numbers[0])

@@ -5,4 +5,8 @@ JSON models), `methods` (numerics and records to results), `cli` (the runner), `
 held by import-linter (.importlinter).
 """
 
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # small matrices: threads cost more than they give
+
 __version__ = "0.1.0"

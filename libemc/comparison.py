@@ -41,6 +41,20 @@ def alignment_error(name: str, truth: Path, project: Path = Path()) -> Alignment
     return evaluate.alignment_error(found, right, evaluate.slab_points(columns, rows, known.thickness))
 
 
+def defocus_error(name: str, truth: Path, project: Path = Path()) -> float:
+    """Å rms over the used tilts of a tilt series, of the mean of U and V.
+
+    Raises:
+        InputError: the tilt series has no CTF, or the truth none.
+    """
+    record, known = records.load_tiltseries(name, project), read_truth(truth).ctf
+    if known is None:
+        raise InputError("has no CTF", truth, "give a simulator's truth")
+    found, use = records.need(record, "ctf"), np.array(record.tilts.use)
+    errors = np.add(found.defocus_u, found.defocus_v) / 2 - np.add(known.defocus_u, known.defocus_v) / 2
+    return float(np.sqrt(np.mean(errors[use] ** 2)))
+
+
 def pose_errors(set_or_run: str, truths: Mapping[str, Path], reach: float, project: Path = Path()) -> PoseErrors:
     """How far particles are from the true ones of their tilt series, in the true frame; all that are used.
 

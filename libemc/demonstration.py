@@ -37,6 +37,12 @@ def alignment_row(folder: Path, name: str) -> Row:
     return f"{name}, alignment: reprojection error", "0 Å", "", found
 
 
+def defocus_row(folder: Path, name: str) -> Row:
+    """How well the CTF of a tilt series is known now."""
+    error = comparison.defocus_error(name, folder / f"raw/{name}_truth.json", folder)
+    return f"{name}, defocus: error", "0 Å", "", f"{error:.0f} Å rms"
+
+
 def result_rows(folder: Path, names: Sequence[str]) -> list[Row]:
     """Poses, resolution and hand.
 

@@ -64,7 +64,7 @@ class Wanted:
 
     def correction(self, record: TiltSeriesRecord) -> CtfCorrection | None:
         """The correction for the CTF; None for none."""
-        return CtfCorrection.of(record, self.ctf, self.strength, self.falloff)
+        return CtfCorrection.of(record, self.ctf, self.strength, self.falloff, self.lowpass)
 
     def target(self, record: TiltSeriesRecord, suffix: str) -> Path:
         """A tomogram's file; that of a part of the field never has the name of the whole."""
@@ -76,7 +76,12 @@ def cost(record: TiltSeriesRecord, what: Wanted, run: Run) -> tuple[float, float
     """Seconds, bytes of memory and of disk for one tilt series."""
     grid = what.grid(record)
     count, copies = sum(record.tilts.use), len(what.suffixes)
-    seconds, memory = reconstruct.cost(grid, record.source.shape, count, what.binning, run.threads, run.memory)
+    limits, correction = None, what.correction(record)
+    if correction is not None:
+        used = [j for j, use in enumerate(record.tilts.use) if use]
+        geometry = TiltGeometry.of(records.need(record, "alignment"), record.tilts.use).select(used)
+        limits = correction.select(used).limits(geometry, grid)
+    seconds, memory = reconstruct.cost(grid, record.source.shape, count, what.binning, run.threads, run.memory, limits)
     return copies * seconds, memory, copies * math.prod(grid.shape) * 4.0
 
 

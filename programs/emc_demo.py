@@ -56,8 +56,11 @@ STEPS = (
      "emc_import {stacks}"),
     ("Align without markers, and reconstruct",
      "emc_tomogram --all --bin 4 --thickness 900"),
-    ("From the truth: the CTF, and the alignment in whose frame the true particles are. Finding the CTF is still to come",
-     "emc_import --alignment raw/{name}_truth.json {name} --overwrite"),
+    ("Estimate the CTF, which decides the hand that the alignment leaves open where no axis is given",
+     "emc_tomoctf --all"),
+    ("From the truth: the alignment in whose frame the true particles are, and the CTF estimated in it",
+     "emc_import --alignment raw/{name}_truth.json {name} --overwrite",
+     "emc_tomoctf --all --overwrite"),
     ("Reconstruct again",
      "emc_tomogram --all --load --bin 2 --thickness 900 --ctf wiener --lowpass 60"),
     ("From the truth: picks `emc`, positions moved at random, no orientations; picks `true`, as they are",
@@ -128,6 +131,8 @@ def main(args: argparse.Namespace, run: Run) -> None:
             demonstration.write_picks(folder / "raw", Path(command.split()[1]).name, run.seed)
         elif command.startswith("emc_tomogram --all --bin"):
             rows += [demonstration.alignment_row(folder, name) for name in size.names]
+        elif command == "emc_tomoctf --all":
+            rows += [demonstration.defocus_row(folder, name) for name in size.names]
     run.result("\n== What came out")
     run.result(demonstration.table([*rows, *demonstration.result_rows(folder, size.names)]))
     run.result("\n    ".join(["\nPictures:", *map(str, sorted(folder.rglob("*.png")))]))

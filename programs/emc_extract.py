@@ -3,7 +3,7 @@
 
 For each particle the patch around its projection is cut from every used tilt that sees it, centred by a phase shift,
 binned by Fourier cropping, turned white and scaled to unit noise. The set's particle files keep the pose of each pick
-and its own defocus in every tilt.
+and its own defocus in every tilt. With --no-dose they have no doses, and nothing that is made of them is weighted by dose.
 
     emc_extract TS_01 --label ribo --set ribo --box 64 --bin 2     # 64 pixels after binning twice
     emc_extract --all --label ribo --set ribo --box 128            # every tilt series that has such picks
@@ -36,6 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.box(parser, required=True)
     options.binning(parser, default=1)
     options.symmetry(parser)
+    options.no_dose(parser)
     options.subtomograms(parser)
 
 
@@ -68,7 +69,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
     with ExitStack() as all_or_none:  # the stacks take their names together: a set is never half old and half new
         for record, (stack, patches), target in zip(series, sources, targets, strict=True):
             file = extract.particle_file(
-                record, args.label, args.set_name, args.box, pixel_size, args.symmetry, patches
+                record, args.label, args.set_name, args.box, pixel_size, args.symmetry, patches, not args.no_dose
             )
             files[record.name] = file.model_copy(update={"stack": str(target)})
             kept = kept_of(patches)

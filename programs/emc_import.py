@@ -3,10 +3,12 @@
 
 Raw stacks are MRC files; .rawtlt, .tlt and .mdoc files beside a stack with the same stem are found by themselves. The
 stack stays where it is unless --copy or --link puts it into tiltseries/. Images that can't be used (dark, constant, not
-finite, copies of another) keep their place and are marked. Without an .mdoc the voltage is 300 kV.
+finite, copies of another) keep their place and are marked. Without an .mdoc the voltage is 300 kV. A micrograph is a
+series of one image: enough for emc_tomoctf.
 
     emc_import raw/TS_01.mrc raw/TS_02.mrc --dose 3 --axis 85.3
     emc_import raw/TS_01.mrc --rawtlt angles.txt --pixel-size 2.7 --dose 3 --dose-order sequential
+    emc_import micrographs/*.mrc --tilt-start 0           # single micrographs
     emc_import --alignment TS_01.xf TS_01.tlt TS_01       # or .aln, RELION's STAR, JSON, a simulator's truth
     emc_import --picks ribo.star --label ribo TS_01       # or .csv, .mod, .tbl, JSON
     emc_import --particles matching_optimisation_set.star --set ribo     # RELION 5 or Warp; or 2-D particles of RELION 3.1

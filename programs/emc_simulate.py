@@ -101,9 +101,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.voltage(lens)
     options.cs(lens)
     options.amplitude_contrast(lens)
-    plate = ("phase-shift", 0.0, "DEG", "of a plate")
+    plate = ("phase-shift", 0.0, "DEG", "of a plate, in the first exposure")
+    drift = ("phase-drift", 0.0, "DEG", "added to it by the last exposure")
     jitter = ("defocus-jitter", 250.0, "A", "spread of the defocus, Å rms")
-    numbers(lens, options.number, ("defocus", 30000.0, "A", "underfocus in Å"), plate)
+    numbers(lens, options.number, ("defocus", 30000.0, "A", "underfocus in Å"), plate, drift)
     numbers(lens, options.number, ("astigmatism-angle", 20.0, "DEG", "from +x to the axis of U"))
     numbers(lens, options.not_negative, jitter, ("astigmatism", 300.0, "A", "U - V in Å"))
     lens.add_argument("--handedness", type=int, choices=(-1, 1), default=-1, help="sign of the defocus along z")
@@ -137,7 +138,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
         args.axis_error, args.tilt_error, args.drift, args.jitter, tuple(args.bad or ()), args.magnification_change)  # fmt: skip
     imaging = simulate.Imaging(
         Optics(args.voltage, args.cs, args.amplitude_contrast), args.defocus, args.defocus_jitter, args.astigmatism,
-        args.astigmatism_angle, args.phase_shift, args.handedness, args.mtf)  # fmt: skip
+        args.astigmatism_angle, args.phase_shift, args.handedness, args.mtf, args.phase_drift)  # fmt: skip
     specimen = simulate.Specimen(
         args.count, args.distance or classes.diameter, fractions, args.thickness, tuple(args.slab_tilt), args.beads,
         args.bead_radius, args.motion, args.motion_range, args.ice, args.margin)  # fmt: skip

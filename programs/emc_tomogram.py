@@ -53,7 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     lens.add_argument("--ctf", choices=reconstruct.CTF_MODES, default="none", help="correction, at each tile's height")
     options.deconvolve(lens)
     options.snr_falloff(parser)
-    parser.add_argument("--no-dose", action="store_true", help="no dose weighting, though the doses are known")
+    options.no_dose(parser)
     options.lowpass(parser)
     options.erase_beads(parser)
     options.tag(parser)
@@ -93,7 +93,10 @@ def checked(
     record: TiltSeriesRecord, what: tomograms.Wanted, args: argparse.Namespace, run: Run
 ) -> tuple[TiltSeriesRecord, mrc.MrcImages]:
     """The record, with the nominal geometry where nothing is aligned yet, and its stack; nothing that follows may fail."""
-    path = records.tiltseries_path(record.name)
+    path, count = records.tiltseries_path(record.name), len(record.tilts.use)
+    if count < coarse.LEAST_IMAGES:
+        what = f"holds {count} image{'s' * (count > 1)}, a tomogram needs {coarse.LEAST_IMAGES} at least"
+        raise InputError(what, path, "name other tilt series")
     if args.load or args.refine:
         if args.axis is not None:
             raise InputError("--axis has no meaning with --load and --refine", remedy="leave it out")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Change a map or tomogram: rescale, crop, filter, rotate, shift, symmetrise, mask; or compare it with another.
 
-Whatever is asked for is done in this order: --set-pixel-size, --invert, --flip, --rotate and --shift (in one
+Whatever is asked for is done in this order: --set-pixel-size, --invert, --mirror, --rotate and --shift (in one
 interpolation), --symmetry, --highpass and --lowpass, --pixel-size or --bin, --box, --normalise, --mask, --compare. The
 origin, pixel n//2 of each axis, stays where it is; what comes in from outside is 0. A list that begins with a minus has
 to follow an equals sign.
@@ -9,7 +9,7 @@ to follow an equals sign.
     emc_volume emd_3228.mrc ref.mrc --pixel-size 6 --box 64 --lowpass 40     # a reference at the sampling of a set
     emc_volume average.mrc turned.mrc --rotate 20,45,-70 --shift=-12,0,4.5   # at R·u + s is what was at u
     emc_volume tomogram.mrc small.mrc --bin 2 --invert --float16
-    emc_volume average.mrc mirrored.mrc --flip z                             # the other hand
+    emc_volume average.mrc mirrored.mrc --mirror z                             # the other hand
     emc_volume average.mrc --compare other.mrc                               # correlation, difference, FSC = 0.5
 """
 
@@ -51,7 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("result", type=Path, nargs="?", metavar="OUT", help="the map to write, if any")
     parser.add_argument("--set-pixel-size", type=options.positive, metavar="A", help="what that of IN really is, in Å")
     parser.add_argument("--invert", action="store_true", help="black to white: change the sign")
-    parser.add_argument("--flip", choices=("x", "y", "z"), help="mirror along this axis, which changes the hand")
+    parser.add_argument("--mirror", choices=("x", "y", "z"), help="mirror along this axis, which changes the hand")
     parser.add_argument("--rotate", type=triple, metavar="ROT,TILT,PSI", help="rotate by R of these, degrees")
     parser.add_argument("--shift", type=triple, metavar="X,Y,Z", help="shift by so many Å")
     options.symmetry(parser)
@@ -71,8 +71,8 @@ def processed(volume: Tensor, pixel_size: float, step: float, args: argparse.Nam
     """All that changes the map, up to its normalisation, in the order of the help."""
     if args.invert:
         volume = -volume
-    if args.flip:
-        volume = postprocess.mirror(volume, args.flip)
+    if args.mirror:
+        volume = postprocess.mirror(volume, args.mirror)
     if args.rotate or args.shift:
         rotation = matrix_from_euler(*(args.rotate or (0.0, 0.0, 0.0)))
         volume = postprocess.place(volume, rotation, [s / pixel_size for s in args.shift or (0.0, 0.0, 0.0)])

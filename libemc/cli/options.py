@@ -272,6 +272,7 @@ amplitude_contrast = _option(
 )
 axis = _option("--axis", type=number, metavar="DEG", help="tilt axis in degrees from +y, counter-clockwise")
 dose = _option("--dose", type=not_negative, metavar="E", help="dose of each tilt in e/Å²")
+no_dose = _option("--no-dose", action="store_true", default=False, help="no dose weighting, though the doses are known")
 thickness = _option("--thickness", type=positive, metavar="A", help="thickness in Å")
 turn = _option(
     "--turn", type=three_angles, default=(0.0, 0.0, 0.0), metavar="ROT,TILT,PSI",

@@ -45,7 +45,7 @@ class Told:
 
     Attributes:
         rawtlt, mdoc: files of angles.
-        tilt_start, tilt_step: angle of the first image, and from image to image.
+        tilt_start, tilt_step: angle of the first image, and from image to image; of one image the first is enough.
         ignore_header: whether `pixel_size` is taken where files contradict it.
         dose: of each exposure.
         dose_order: a name in `ORDERS`, or a file that lists the order.
@@ -69,8 +69,8 @@ class Told:
     place: str
 
     def __post_init__(self) -> None:
-        if (self.tilt_start is None) != (self.tilt_step is None):
-            raise InputError("--tilt-start and --tilt-step go together", remedy="give both")
+        if self.tilt_start is None and self.tilt_step is not None:
+            raise InputError("--tilt-step without --tilt-start", remedy="give both")
         if self.ignore_header and self.pixel_size is None:
             raise InputError("--ignore-header without --pixel-size", remedy="give the pixel size")
 
@@ -142,10 +142,11 @@ def raw_series(path: Path, told: Told, project: Path) -> RawSeries:
         InputError: the stack or a file can't be read or is not of this stack, or they contradict each other.
     """
     images = mrc.open_stack(path)
-    if images.shape[0] < 2:
-        raise InputError("holds one image", path, "give a stack with an image for each tilt")
-    step = None if told.tilt_start is None or told.tilt_step is None else (told.tilt_start, told.tilt_step)
-    found = read_acquisition(path, images.shape[0], told.rawtlt, told.mdoc, step)
+    count = images.shape[0]
+    if told.tilt_start is not None and told.tilt_step is None and count > 1:
+        raise InputError(f"holds {count} images, of which --tilt-start says one angle", path, "give --tilt-step too")
+    step = None if told.tilt_start is None else (told.tilt_start, told.tilt_step or 0.0)
+    found = read_acquisition(path, count, told.rawtlt, told.mdoc, step)
     tilts, warning = _tilts(found, told)
     sizes = {"--pixel-size": told.pixel_size}
     if not told.ignore_header:
@@ -173,7 +174,7 @@ def raw_series(path: Path, told: Told, project: Path) -> RawSeries:
 
 
 def _tilts(found: Acquisition, told: Told) -> tuple[records.Tilts, str | None]:
-    """Angles, order and doses of a stack, and what to warn of."""
+    """Angles, order and doses of a stack, and what to warn of (of one image: nothing, neither matters)."""
     nominal, mdoc, warning = found.nominal, found.mdoc, None
     order: Sequence[int] | None = None if mdoc is None or mdoc.order is None else mdoc.order.tolist()
     dose: Sequence[float] | None = None if mdoc is None or mdoc.dose is None else mdoc.dose.tolist()
@@ -192,7 +193,8 @@ def _tilts(found: Acquisition, told: Told) -> tuple[records.Tilts, str | None]:
     elif order is None and before is None:
         warning = "the order of exposure is taken for dose-symmetric; --dose-order says otherwise"
         order = order_of_tilts(nominal.tolist())
-    return import_series.tilts_section(nominal, order, dose, None if before is None else before.tolist()), warning
+    tilts = import_series.tilts_section(nominal, order, dose, None if before is None else before.tolist())
+    return tilts, warning if len(nominal) > 1 else None
 
 
 # ------------------------------------------------------------------------------------- sections that others found

@@ -70,6 +70,9 @@ def read_acquisition(
         nominal = read_tilts(angle_file, count)
     elif read is not None:
         nominal = read.tilt
+    elif count == 1:
+        what = "holds one image and has no tilt angle beside it"
+        raise InputError(what, stack, "give --tilt-start (0 for a micrograph), --rawtlt or --mdoc")
     else:
         raise InputError(
             "has no tilt angles beside it", stack, "give --rawtlt, --mdoc, or --tilt-start and --tilt-step"

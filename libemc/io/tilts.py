@@ -33,7 +33,10 @@ def read_tilts(path: StrPath, count: int | None = None) -> Array:
 
 
 def tilts_from_step(start: float, step: float, count: int) -> Array:
-    """Tilt angles start, start + step, … in degrees, (T,); InputError if they pass ±90 or do not change."""
+    """Tilt angles start, start + step, … in degrees, (T,); InputError if they pass ±90 or do not change.
+
+    Of one image the step has no meaning.
+    """
     angles: Array = start + step * np.arange(count, dtype=np.float64)
     if not np.isfinite(angles).all() or np.abs(angles).max() > STEEPEST or (step == 0 and count > 1):
         raise InputError(

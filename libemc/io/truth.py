@@ -53,7 +53,8 @@ def read_truth(path: StrPath) -> Truth:
     """Read a simulator's truth.
 
     `astig` is U - V: U and V are defocus ± astig/2 (the simulated images correlate best with the map's projections
-    at that astigmatism). Poses are matrices, particle to specimen.
+    at that astigmatism). `phase_shift`, of a phase plate, is one number in degrees, or one per tilt, or not there.
+    Poses are matrices, particle to specimen.
 
     Raises:
         InputError: not such a file, or lists of unequal length.
@@ -89,6 +90,7 @@ def read_truth(path: StrPath) -> Truth:
                 defocus_u=defocus + half,
                 defocus_v=defocus - half,
                 angle=per_tilt(data, "astig_ang", path, count, 0.0),
+                phase_shift=per_tilt(data, "phase_shift", path, count, 0.0),
                 handedness=int(data["defocus_handedness"]),
             ),
             picks=Picks(np.array(data["pos_A"], dtype=np.float64), rot=rot, tilt=theta, psi=psi),

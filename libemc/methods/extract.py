@@ -93,12 +93,22 @@ def extract_tilt(image: Tensor, position: Tensor, box: int, binning: int = 1, co
 
 
 def particle_file(
-    record: TiltSeriesRecord, label: str, set_name: str, box: int, pixel_size: float, symmetry: str, patches: Patches
+    record: TiltSeriesRecord,
+    label: str,
+    set_name: str,
+    box: int,
+    pixel_size: float,
+    symmetry: str,
+    patches: Patches,
+    dose: bool = True,
 ) -> ParticleFile:
     """The particle file of one tilt series: every pick that some tilt sees, with the pose it was picked with.
 
     Picks without orientation get rot = tilt = psi = 0. A particle's number is its pick's, so that ids stay as they are
     when others drop out.
+
+    Args:
+        dose: keep the tilts' doses, by which all that uses the particles weighs them; without, they are zero.
     """
     picks, alignment = need_picks(record, label), need(record, "alignment")
     none = (0.0,) * len(picks.xyz)
@@ -124,7 +134,10 @@ def particle_file(
                     visible=visible[i],
                 )
             )
-    source = record.source
+    source, tilts = record.source, particle_tilts(record, alignment, record.ctf)
+    if not dose:
+        zeros = (0.0,) * len(tilts.dose)
+        tilts = tilts.model_copy(update={"dose": zeros, "dose_before": zeros})
     return ParticleFile(
         set=set_name,
         name=record.name,
@@ -133,7 +146,7 @@ def particle_file(
         symmetry=symmetry,
         label=label,
         optics=Optics(voltage=source.voltage, cs=source.cs, amplitude_contrast=source.amplitude_contrast),
-        tilts=particle_tilts(record, alignment, record.ctf),
+        tilts=tilts,
         defocus_handedness=record.ctf.defocus_handedness if record.ctf else -1,
         particles=tuple(particles),
     )

@@ -172,10 +172,13 @@ def doses_from_before(before: ArrayLike) -> tuple[float, ...]:
 def tilts_section(
     nominal: ArrayLike, order: Sequence[int] | None, dose: Sequence[float] | None, before: Sequence[float] | None
 ) -> Tilts:
-    """What the microscope recorded, all tilts used. Doses before each exposure follow from order and dose if not given."""
+    """What the microscope recorded, all tilts used.
+
+    Doses before each exposure follow from order and dose if not given, and doses from those before (not of one image).
+    """
     if before is None and order is not None and dose is not None:
         before = doses_before(order, dose)
-    if dose is None and before is not None:
+    if dose is None and before is not None and len(before) > 1:
         dose = doses_from_before(before)
     angles = tuple(float(v) for v in np.asarray(nominal))
     return Tilts(
@@ -193,11 +196,12 @@ def summary(record: TiltSeriesRecord) -> str:
     source, tilts = record.source, record.tilts
     why = [f"{k} {reason}" for k, reason in enumerate(tilts.reason or ()) if reason]
     count, rows, columns = source.shape
+    angles = f"{min(tilts.nominal):g}" + (f" to {max(tilts.nominal):g}" if count > 1 else "")
     parts = [
         f"{record.name}: {sum(tilts.use)}/{count} tilts" + (f" ({', '.join(why)})" if why else ""),
         f"{source.pixel_size:g} Å/px",
         f"{columns} x {rows}",
-        f"{min(tilts.nominal):g} to {max(tilts.nominal):g} degrees",
+        f"{angles} degrees",
         "axis not known" if source.tilt_axis is None else f"axis {source.tilt_axis:g}",
         "dose not known" if tilts.dose is None else f"{sum(tilts.dose):g} e/Å²",
     ]

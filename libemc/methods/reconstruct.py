@@ -28,7 +28,7 @@ from torch import Tensor
 from libemc.errors import InputError
 from libemc.methods.subtilts import TiltGeometry
 from libemc.numerics import fourier
-from libemc.numerics.ctf import Optics, ctf
+from libemc.numerics.ctf import Optics, ctf, wavelength
 from libemc.numerics.dose import exposure_filter
 from libemc.numerics.filters import normalise
 from libemc.numerics.masks import cosine_edge
@@ -43,12 +43,14 @@ SMALLEST_TILE, LARGEST_TILE = (
     200,
 )  # box in voxels; beyond, the transforms' arrays (> 32 MB) are mapped afresh each time
 SECONDS_PER_VOXEL, SECONDS_PER_COEFFICIENT = 11e-9, 49e-9  # of a tile, measured at 2.5 GHz: how `Tiling` weighs sizes
+SECONDS_PER_CORRECTED_PIXEL = 12e-9  # of an image's patch whose CTF is corrected, likewise
 BYTES_PER_VOXEL = 18  # of a tile at work: half volume, spectrum, two transforms
 BYTES_PER_PIXEL = 24  # of a tile's patches: themselves, their spectra, and what of these is inserted
 BYTES_PER_RAW_PIXEL = 20  # of an image that is being binned
 LIBRARIES = 350e6  # bytes of the process before it has read anything
 LEAST_OVERLAP = 8  # voxels over which neighbouring tiles are blended
-DAMAGE_NOISE = 0.1  # added to the sampled weights with dose weighting: what is destroyed is not amplified
+SIGNAL_NOISE = 1.0  # noise over signal of one undamaged image, which a tomogram's filter assumes
+MEAN_FREE_PATH = 4000.0  # Å between inelastic scatterings in ice (emClarity's, guide 16.5.1)
 LEAST_VOXELS = 8  # on a side of a tomogram
 SINGULAR = 0.05  # cosine of the tilt below which an image has no field
 SNR_DECAY = 200.0  # Å: at frequency k the signal-to-noise ratio that --deconvolve assumes falls as exp(-200 Å · k)
@@ -59,6 +61,7 @@ FILTER_PADDING = 1.12  # of the image, for the tails of the filter
 NYQUIST_EDGE = 0.06  # cycles per pixel over which the filter falls to zero at Nyquist
 DEFAULT_THICKNESS = 3000.0  # Å
 THICKNESS_MARGIN = 1.5  # of a known thickness of the specimen, for the tomogram
+AMPLITUDE_KEPT = 0.9  # at the border of a tile, of what is corrected with the defocus of its centre (`DefocusStep`)
 CTF_MODES = ("none", "phaseflip", "multiply", "wiener")
 
 
@@ -144,6 +147,33 @@ def _check_seen(record: TiltSeriesRecord, grid: Grid) -> None:
 
 
 @dataclass(frozen=True)
+class TileLimits:
+    """What a correction of the CTF asks of tiles, all of whose voxels are corrected with the defocus of the centre.
+
+    What was imaged with sin χ and is corrected for χ + δ keeps cos δ of its amplitude, with δ = π λ k² times the distance from
+    the centre along the beam. It shall be 0.9 or more in the worst corner of the tile in the worst tilt, at the highest
+    frequency that is wanted. emClarity asks the same of the mean over a section along z, and takes that for the strips
+    across the tilt axis too (its guide, 16.7.2); the mean over such a tile is 0.96 or more. And the CTF sends a frequency
+    |λ z k - Cs λ³ k³| from where it comes: an image's patch must be wider than the tile by that, or it is lost.
+
+    Attributes:
+        beams: (T, 3) change of the height, without its sign, over a voxel along z, y and x in each tilt, in voxels.
+        most: height over a tile's centre, in voxels.
+        margin: voxels around a tile.
+    """
+
+    beams: NDArray[np.float64]
+    most: float
+    margin: int
+
+    def worst(self, keep: tuple[int, int, int]) -> tuple[float, int]:
+        """Of a tile of `keep` voxels: the height of its worst corner over its centre, and the axis to which that owes most."""
+        heights = self.beams * np.array(keep) / 2
+        tilt = int(heights.sum(axis=1).argmax())
+        return float(heights[tilt].sum()), int(heights[tilt].argmax())
+
+
+@dataclass(frozen=True)
 class Tiling:
     """How a volume is cut into tiles.
 
@@ -151,15 +181,23 @@ class Tiling:
         box: voxels of a tile's cube.
         edges: per axis (z, y, x) the bounds of the tiles, from 0 to the axis's length.
         overlap: voxels around an inner bound over which the tiles on both sides are blended.
+        patch: pixels of the side of the images' patches that are corrected for the CTF; 0 for none.
     """
 
     box: int
     edges: tuple[tuple[int, ...], ...]
     overlap: int
+    patch: int = 0
 
     @staticmethod
-    def of(shape: tuple[int, int, int], tilts: int, memory: float = math.inf, threads: int = 1) -> Tiling:
-        """The tiling that takes least time within `memory` bytes.
+    def of(
+        shape: tuple[int, int, int],
+        tilts: int,
+        memory: float = math.inf,
+        threads: int = 1,
+        limits: TileLimits | None = None,
+    ) -> Tiling:
+        """The tiling that takes least time within `memory` bytes, and within the limits of a correction of the CTF.
 
         Raises:
             InputError: none does with so little.
@@ -172,8 +210,14 @@ class Tiling:
             overlap = max(LEAST_OVERLAP, box // 16)
             whole = 2 * int(box * PAYLOAD)
             counts = [1 if n <= whole else math.ceil(n / (whole - overlap)) for n in shape]
-            cuts = [tuple(n * i // c for i in range(c + 1)) for n, c in zip(shape, counts, strict=True)]
-            tiling = Tiling(box, tuple(cuts), overlap)
+            patch = 0 if limits is None else fourier.good_size(box + 2 * limits.margin)
+            tiling = Tiling(box, _cut(shape, counts), overlap, patch)
+            while limits is not None:
+                height, axis = limits.worst(tiling.keep)
+                counts[axis] += 1
+                if height <= limits.most or shape[axis] < counts[axis] * overlap:
+                    break
+                tiling = replace(tiling, edges=_cut(shape, counts))
             seconds, size = len(tiling) * tiling.seconds(tilts), tiling.bytes(tilts, threads)
             least = min(least, size)
             if size <= memory and (best is None or seconds < best[0]):
@@ -188,7 +232,7 @@ class Tiling:
     def bytes(self, tilts: int, threads: int = 1) -> float:
         """Estimate of the memory that `reconstruct` takes, beside the images."""
         z, y, x = self.keep
-        worker = BYTES_PER_VOXEL * self.box**3 + BYTES_PER_PIXEL * tilts * self.box**2
+        worker = BYTES_PER_VOXEL * self.box**3 + BYTES_PER_PIXEL * tilts * max(self.box, self.patch) ** 2
         slabs = self.edges[0][-1] * self.edges[2][-1] * (2 * y + self.overlap)  # one being written, one being filled
         return threads * worker + 4.0 * (slabs + (threads + 2) * x * y * z)
 
@@ -197,7 +241,8 @@ class Tiling:
 
     def seconds(self, tilts: int) -> float:
         """Estimate of the time that one tile takes one core."""
-        return SECONDS_PER_VOXEL * self.box**3 + SECONDS_PER_COEFFICIENT * tilts * math.pi / 8 * self.box**2
+        inserted = SECONDS_PER_COEFFICIENT * math.pi / 8 * self.box**2
+        return SECONDS_PER_VOXEL * self.box**3 + tilts * (inserted + SECONDS_PER_CORRECTED_PIXEL * self.patch**2)
 
     @property
     def keep(self) -> tuple[int, int, int]:
@@ -231,6 +276,11 @@ class Tiling:
         if i + 2 < len(self.edges[axis]):
             weights[-width:] *= ramp.flip(0)
         return weights
+
+
+def _cut(shape: tuple[int, int, int], counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Bounds along each axis of so many tiles of as good as equal size."""
+    return tuple(tuple(n * i // c for i in range(c + 1)) for n, c in zip(shape, counts, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------- the filter
@@ -271,6 +321,9 @@ class Weighting:
     Attributes:
         thickness: Å; slices nearer to each other than its inverse measure the same.
         doses: (T,) e/Å² at the end of each exposure, for dose weighting; None for none.
+        errors: (T,) Å rms, expected of the positions in each image; None for not known.
+        paths: (T,) Å through the specimen; None for not known.
+        noise: over the signal of one undamaged image, power; what one image alone saw is not amplified beyond it.
         voltage: kV.
         lowpass, highpass: Å; None for the resolution of the voxels, and for none.
         field: Å along x and y of the specimen that the tomogram can show; what lies beyond, and comes into the images at
@@ -279,6 +332,9 @@ class Weighting:
 
     thickness: float
     doses: Tensor | None = None
+    errors: Tensor | None = None
+    paths: Tensor | None = None
+    noise: float = 0.0
     voltage: float = 300.0
     lowpass: float | None = None
     highpass: float | None = None
@@ -293,7 +349,8 @@ class Weighting:
         lowpass: float | None,
         deconvolve: bool = False,
     ) -> Weighting:
-        """For some tilts of a record: its specimen's thickness, or that of the grid; its doses, if wanted and known.
+        """For some tilts of a record: its specimen's thickness, or that of the grid; its doses, if wanted and known; the
+        alignment's errors, and the paths through the specimen, where it knows them.
 
         With `deconvolve` there's the high-pass filter that goes with that correction of the CTF.
 
@@ -303,11 +360,35 @@ class Weighting:
         doses = None
         if dose and t.dose is not None and t.dose_before is not None:
             doses = torch.tensor([t.dose[j] + t.dose_before[j] for j in tilts])
+        expected = [None if alignment.error is None else alignment.error[j] for j in tilts]
+        errors = None if None in expected else torch.tensor(expected)
+        paths = None
+        if alignment.thickness:
+            upright = TiltGeometry.of(alignment, t.use).matrices[list(tilts), 2, 2].abs().clamp_min(SINGULAR)
+            paths = alignment.thickness / upright
         thickness = alignment.thickness or grid.shape[0] * grid.pixel_size
         _, y, x = Grid.of(record, 1, LEAST_VOXELS * record.source.pixel_size).shape
         field = (x * record.source.pixel_size, y * record.source.pixel_size)
         highpass = DECONVOLVE_HIGHPASS if deconvolve else None
-        return Weighting(thickness, doses, record.source.voltage, lowpass, highpass, field)
+        voltage = record.source.voltage
+        return Weighting(thickness, doses, errors, paths, SIGNAL_NOISE, voltage, lowpass, highpass, field)
+
+    def signal(self, k: Tensor) -> Tensor:
+        """(T, K) or (1, K) amplitude that each image has of the signal, its noise being 1, at K frequencies in 1/Å.
+
+        The exposure filter, exp(-π² k² error²) of the errors (the mean of the phase factors of Gaussian errors of such rms
+        in the plane), and the root of the share of the electrons that stay elastic, over that of the shortest path: images
+        are scaled to unit noise, which goes with the root of the electrons.
+        """
+        signal = torch.ones(1, len(k))
+        if self.doses is not None:
+            signal = signal * exposure_filter(k, self.doses.reshape(-1, 1), self.voltage)
+        if self.errors is not None:
+            signal = signal * torch.exp(-((math.pi * k * self.errors.reshape(-1, 1)) ** 2))
+        if self.paths is not None:
+            longer = (self.paths - self.paths.min()).reshape(-1, 1)
+            signal = signal * torch.exp(-longer / (2 * MEAN_FREE_PATH))
+        return signal.float()
 
     @property
     def corrections(self) -> list[str]:
@@ -322,7 +403,7 @@ def filters(
     """The weights of every image's Fourier coefficients, one rfft layout (y, x//2+1) float32 after the other.
 
     For tilt j at k: q_j / (Σ_i q_i² · max(0, 1 - D·|distance of the point from slice i|) + noise), with D the thickness
-    and q the exposure filter (1 without dose weighting).
+    and q the signal of `Weighting.signal`: the Wiener filter of all images together.
     """
     count = len(geometry.matrices)
     cut = min(0.5, math.inf if weighting.lowpass is None else pixel_size / weighting.lowpass)
@@ -330,11 +411,7 @@ def filters(
     if weighting.highpass is not None:
         coarse = weighting.highpass / pixel_size
         edge = edge * _radial(lambda k: 0.5 - 0.5 * torch.cos(math.pi * (k * coarse).clamp_max(1)))
-    signal, noise = torch.ones(count, len(edge)), 0.0
-    if weighting.doses is not None:
-        doses = weighting.doses.reshape(-1, 1)
-        signal = _radial(lambda k: exposure_filter(k / pixel_size, doses, weighting.voltage))
-        noise = DAMAGE_NOISE
+    signal = weighting.signal(_radial(lambda k: k / pixel_size)).expand(count, -1)
     kx, ky = torch.arange(shape[1] // 2 + 1) / shape[1], torch.fft.fftfreq(shape[0])
     shell = (torch.sqrt(ky[:, None] ** 2 + kx**2) * SHELLS).round().long()
     density = np.empty((shape[0], shape[1] // 2 + 1), np.float32)
@@ -344,7 +421,7 @@ def filters(
         normal = (matrices[:, 2] @ matrices[j, :2].T * weighting.thickness / pixel_size).numpy()
         scale = (1 / shape[1], 1 / shape[0])
         _density(normal, (signal**2).numpy(), shell.numpy(), scale, density)
-        yield (signal[j] * edge)[shell] / (torch.from_numpy(density) + noise)
+        yield (signal[j] * edge)[shell] / (torch.from_numpy(density) + weighting.noise)
 
 
 def binned_shape(shape: Sequence[int], binning: int) -> tuple[int, int]:
@@ -438,6 +515,7 @@ class CtfCorrection:
         strength, falloff: of deconvolve, a Wiener filter for a signal-to-noise ratio of
             10^(3 strength) · exp(-200 Å · falloff · k): that of Tegunov's deconvolution of tomograms, here at the defocus of
             each tile in each tilt.
+        resolution: Å to which it is to hold; None for that of the voxels.
     """
 
     mode: str
@@ -449,9 +527,16 @@ class CtfCorrection:
     optics: Optics
     strength: float = 1.0
     falloff: float = 1.0
+    resolution: float | None = None
 
     @staticmethod
-    def of(record: TiltSeriesRecord, mode: str, strength: float = 1.0, falloff: float = 1.0) -> CtfCorrection | None:
+    def of(
+        record: TiltSeriesRecord,
+        mode: str,
+        strength: float = 1.0,
+        falloff: float = 1.0,
+        resolution: float | None = None,
+    ) -> CtfCorrection | None:
         """The correction of all tilts of a record; None for mode none.
 
         Raises:
@@ -462,13 +547,27 @@ class CtfCorrection:
         c, source = need(record, "ctf"), record.source
         u, v, angle, phase = (torch.tensor(x) for x in (c.defocus_u, c.defocus_v, c.angle, c.phase_shift))
         optics = Optics(source.voltage, source.cs, source.amplitude_contrast)
-        return CtfCorrection(mode, u, v, angle, phase, c.defocus_handedness, optics, strength, falloff)
+        return CtfCorrection(mode, u, v, angle, phase, c.defocus_handedness, optics, strength, falloff, resolution)
 
     def select(self, tilts: Sequence[int]) -> CtfCorrection:
         """These tilts only."""
         index = torch.as_tensor(list(tilts), dtype=torch.long)
         parts = {name: getattr(self, name)[index] for name in ("defocus_u", "defocus_v", "angle", "phase_shift")}
         return replace(self, **parts)
+
+    def limits(self, geometry: TiltGeometry, grid: Grid) -> TileLimits:
+        """What it asks of tiles; `geometry` is that of the same tilts."""
+        k, lam = 1 / max(self.resolution or 0.0, 2 * grid.pixel_size), wavelength(self.optics.voltage)
+        beams = (geometry.matrices[:, 2] @ grid.rotation).abs().flip(1)
+        most = math.acos(AMPLITUDE_KEPT) / (math.pi * lam * k**2)
+        middle = geometry.matrices[:, 2] @ torch.tensor(grid.centre, dtype=torch.float64)
+        heights = middle.abs() + beams @ torch.tensor(grid.shape).double() * grid.pixel_size / 2
+        defocus = torch.stack([self.defocus_u + heights, self.defocus_v - heights])
+        # the slope of χ over 2π: where the frequencies up to k come from
+        ks = torch.linspace(0, k, SHELLS, dtype=torch.float64)
+        away = [lam * z * ks - self.optics.cs * 1e7 * (lam * ks) ** 3 for z in (defocus.min(), defocus.max())]
+        margin = math.ceil(float(torch.stack(away).abs().max()) / grid.pixel_size)
+        return TileLimits(beams.numpy(), most / grid.pixel_size, margin)
 
     def factors(self, heights: Tensor, band: Band, pixel_size: float) -> Tensor:
         """(T, K) what the coefficients are multiplied by, at `heights` (T,) Å along the beam. The contrast is kept."""
@@ -522,10 +621,8 @@ class _Worker:
         spans = [self.tiling.span(axis, i) for axis, i in enumerate(index)]
         middle, point = self.tiling.centre(index), self.tiling.point(index, self.grid)
         positions, heights = self.geometry.project(point[None])
-        spectra = self._spectra(positions[0] / self.grid.pixel_size)
+        spectra = self._spectra(positions[0] / self.grid.pixel_size, heights[0])
         values = spectra.reshape(len(spectra), -1)[:, self.columns]
-        if self.correction is not None:
-            values *= self.correction.factors(heights[0].to(self.device), self.band, self.grid.pixel_size)
         volume = self.project(values, self.geometry.around(point).to(self.device), self.band).cpu()
         for axis, (i, m, (low, high)) in enumerate(zip(index, middle, spans, strict=True)):
             volume = volume.narrow(axis, self.tiling.keep[axis] // 2 - (m - low), high - low)
@@ -533,11 +630,20 @@ class _Worker:
             volume = volume.mul_(self.tiling.window(axis, i).reshape(shape))
         return volume
 
-    def _spectra(self, positions: Tensor) -> Tensor:
-        """Spectra (T, n, n//2+1) of the patches at positions (T, 2) px from the image centre; zero beyond the image."""
+    def _spectra(self, positions: Tensor, heights: Tensor) -> Tensor:
+        """Spectra (T, n, n//2+1) of the patches at positions (T, 2) px from the image centre; zero beyond the image.
+
+        With a correction they are those of wider patches, corrected for the defocus at `heights` (T,) Å and then cut.
+        """
         n = self.tiling.box
-        patches, rest = cut_patches(self.images, positions, n)
-        spectra = torch.fft.rfftn(patches.to(self.device), dim=(1, 2))
+        patches, rest = cut_patches(self.images, positions, self.tiling.patch or n)
+        patches = patches.to(self.device)
+        if self.correction is not None:
+            wide = Band.of(self.tiling.patch, device=self.device)
+            spectra = torch.fft.rfftn(patches, dim=(1, 2))
+            spectra *= wide.put(self.correction.factors(heights.to(self.device), wide, self.grid.pixel_size))
+            patches = fourier.centre_crop(torch.fft.irfftn(spectra, s=patches.shape[1:], dim=(1, 2)), (n, n))
+        spectra = torch.fft.rfftn(patches, dim=(1, 2))
         # the origin, at pixel n//2 and a fraction, goes to pixel 0: phases of one axis at a time
         offset = (n // 2 + rest).to(self.device)
         for axis, k in ((2, torch.arange(n // 2 + 1)), (1, torch.fft.fftfreq(n, 1 / n))):
@@ -563,12 +669,14 @@ def image_format(shape: tuple[int, int, int], memory: float) -> tuple[type[np.fl
     return np.float16, single / 2 if single <= memory else 0.0
 
 
-def _workers(grid: Grid, tilts: int, threads: int, memory: float) -> tuple[Tiling, int]:
+def _workers(
+    grid: Grid, tilts: int, threads: int, memory: float, limits: TileLimits | None = None
+) -> tuple[Tiling, int]:
     """The tiling, and how many of the threads can work at a time, that take least time within `memory` bytes."""
-    best = Tiling.of(grid.shape, tilts, memory), 1
+    best = Tiling.of(grid.shape, tilts, memory, 1, limits), 1
     for count in range(2, threads + 1):
         try:
-            tiling = Tiling.of(grid.shape, tilts, memory, count)
+            tiling = Tiling.of(grid.shape, tilts, memory, count, limits)
         except InputError:
             break
         if len(tiling) * tiling.seconds(tilts) / count < len(best[0]) * best[0].seconds(tilts) / best[1]:
@@ -577,20 +685,27 @@ def _workers(grid: Grid, tilts: int, threads: int, memory: float) -> tuple[Tilin
 
 
 def cost(
-    grid: Grid, source: tuple[int, int, int], tilts: int, binning: int, threads: int, memory: float
+    grid: Grid,
+    source: tuple[int, int, int],
+    tilts: int,
+    binning: int,
+    threads: int,
+    memory: float,
+    limits: TileLimits | None = None,
 ) -> tuple[float, float]:
     """Estimates of the seconds and bytes that a tomogram takes, all in all.
 
     Args:
         source: tilts, rows, columns of the raw stack; tilts: how many of its images are used.
         memory: bytes to stay within.
+        limits: of a correction of the CTF.
 
     Raises:
         InputError: there is no way to.
     """
     spare = working_memory(memory)
     _, images = image_format((tilts, *binned_shape(source, binning)), spare)
-    tiling, count = _workers(grid, tilts, threads, spare - images)
+    tiling, count = _workers(grid, tilts, threads, spare - images, limits)
     work = max(tiling.bytes(tilts, count), BYTES_PER_RAW_PIXEL * source[1] * source[2])
     return len(tiling) * tiling.seconds(tilts) / count, LIBRARIES + images + work
 
@@ -624,7 +739,9 @@ def reconstruct(
         geometry = replace(geometry, matrices=geometry.matrices @ turn)
         x, y, z = (turn.T @ torch.tensor(grid.centre, dtype=torch.float64)).tolist()
         grid = Grid(grid.shape, grid.pixel_size, (x, y, z))
-    tiling, threads = _workers(grid, len(images), 1 if device.type != "cpu" else torch.get_num_threads(), memory)
+    limits = None if correction is None else correction.limits(geometry, grid)
+    threads = 1 if device.type != "cpu" else torch.get_num_threads()
+    tiling, threads = _workers(grid, len(images), threads, memory, limits)
     counts = [len(e) - 1 for e in tiling.edges]
     stretch = _stretch(geometry, tiling, grid)
     free = [_Worker(images, geometry, grid, correction, tiling, device, stretch) for _ in range(threads)]

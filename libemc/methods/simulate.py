@@ -87,6 +87,7 @@ class Imaging:
     Attributes:
         astigmatism: U - V; angle: from +x to the axis of U.
         defocus_jitter: rms from tilt to tilt.
+        phase_shift: of the first exposure; phase_drift: what is added to it by the last, evenly from exposure to exposure.
         handedness: -1 or +1, sign of the defocus along z (convention 13).
         mtf: the detector's modulation transfer at Nyquist, 1 is perfect; Gaussian below. Counting noise stays white.
     """
@@ -99,6 +100,7 @@ class Imaging:
     phase_shift: float = 0.0
     handedness: int = -1
     mtf: float = 1.0
+    phase_drift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,12 @@ class Scene:
         """(T, 3, 3) specimen to image."""
         return tilt_matrices(torch.from_numpy(self.axis), torch.from_numpy(self.tilt), self.acquisition.xtilt).numpy()
 
+    @property
+    def phase_shift(self) -> Array:
+        """(T,) degrees."""
+        time = np.array(self.acquisition.taken) / max(len(self.acquisition.taken) - 1, 1)
+        return self.imaging.phase_shift + self.imaging.phase_drift * time
+
     def seen(self, j: int, points: Array | None = None) -> Array:
         """Where tilt j sees points (N, 3), or the particles after their motion: (N, 3), Å from the image centre, and q_z."""
         q = (self.positions + self.motion[:, j] if points is None else points) @ self.tilt_matrices[j].T
@@ -193,7 +201,7 @@ class Scene:
             "defocus": self.defocus,
             "astig": i.astigmatism,
             "astig_ang": i.angle,
-            "phase_shift": i.phase_shift,
+            "phase_shift": self.phase_shift,
             "dose": a.dose,
             "acq": list(a.taken),
             "pos_A": self.positions,
@@ -490,10 +498,10 @@ class _Camera:
             self.volumes.append(slices.FourierVolume.from_map(padded, padding))
             self.bands.append(slices.Band.of(box))
 
-    def _defocus(self, mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """U, V, angle and phase shift for a mean defocus of any shape."""
-        half = self.imaging.astigmatism / 2
-        return mean + half, mean - half, torch.tensor(self.imaging.angle), torch.tensor(self.imaging.phase_shift)
+    def _defocus(self, mean: Tensor, j: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """U, V, angle and phase shift of tilt j for a mean defocus of any shape."""
+        half, phase = self.imaging.astigmatism / 2, float(self.scene.phase_shift[j])
+        return mean + half, mean - half, torch.tensor(self.imaging.angle), torch.tensor(phase)
 
     def _exposure(self, k: Tensor, j: int) -> Tensor:
         """What damage leaves at the end of exposure j."""
@@ -533,7 +541,7 @@ class _Camera:
                 height = torch.from_numpy(seen[chunk, 2:])
                 mean = (self.scene.defocus[j] + self.imaging.handedness * height).float()
                 values = slices.extract_slices(volume, matrices, band)
-                values = values * ctf(kx, ky, *self._defocus(mean), self.imaging.optics) * damage
+                values = values * ctf(kx, ky, *self._defocus(mean, j), self.imaging.optics) * damage
                 values = values * slices.shift_phases(torch.from_numpy(rest[chunk]), band)
                 patches = slices.images_from_band(values, band)
                 for p, patch in zip(chunk, patches, strict=True):
@@ -561,7 +569,7 @@ class _Camera:
             path = ((middle + half).clamp_max(top) - (middle - half).clamp_min(bottom)).clamp_min(0)
             noise = torch.from_numpy(rng.standard_normal(self.shape, dtype=np.float32)) * path.sqrt()
             mean = torch.tensor(self.scene.defocus[j] + self.imaging.handedness * (bottom + top) / 2).float()
-            total += torch.fft.rfft2(noise) * ctf(kx, ky, *self._defocus(mean), self.imaging.optics)
+            total += torch.fft.rfft2(noise) * ctf(kx, ky, *self._defocus(mean, j), self.imaging.optics)
         structure = ICE_COMPRESSION + ICE_PEAK * torch.exp(-((k - ICE_PEAK_AT) ** 2) / (2 * ICE_PEAK_WIDTH**2))
         # molecules in a column of one pixel fluctuate by sqrt(density · area · path · structure); each is a potential of
         # ICE_POTENTIAL / ICE_DENSITY in V·Å³, spread over the pixel's area
@@ -586,7 +594,7 @@ class _Camera:
             path = (2 * (radius**2 - r2).clamp_min(0).sqrt()).float()
             wave = torch.exp(torch.complex(-path / (2 * GOLD_ABSORPTION), self.sigma * GOLD_POTENTIAL * path))
             mean = torch.tensor(self.scene.defocus[j] + self.imaging.handedness * position[2]).float()
-            chi = phase_aberration(line[None, :], line[:, None], *self._defocus(mean), self.imaging.optics)
+            chi = phase_aberration(line[None, :], line[:, None], *self._defocus(mean, j), self.imaging.optics)
             lens = torch.polar(torch.ones_like(chi), chi)
             scattered = torch.fft.ifft2(torch.fft.fft2(wave - 1) * lens)
             image, part = window

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 PLANCK = 6.62607015e-34  # J s, CODATA 2018
@@ -60,3 +62,20 @@ def ctf(
     chi = phase_aberration(kx, ky, defocus_u, defocus_v, angle, phase_shift, optics)
     # one sine instead of two: sqrt(1-A²) sin χ + A cos χ = sin(χ + asin A)
     return torch.sin(chi + math.asin(optics.amplitude_contrast))
+
+
+def equal_phase(
+    k: NDArray[np.float64], here: NDArray[np.float64] | float, there: NDArray[np.float64] | float, optics: Optics
+) -> NDArray[np.float64]:
+    """Where a defocus `there` gives the phase aberration that `here` gives at k (convention 11).
+
+    Args:
+        k: 1/Å; here, there: Å; they broadcast.
+
+    Returns:
+        1/Å; NaN where no frequency does.
+    """
+    spherical = optics.cs * 1e7 * wavelength(optics.voltage) ** 2
+    phase = here * k**2 - spherical * k**4 / 2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.sqrt(2 * phase / (there + np.sqrt(there**2 - 2 * spherical * phase))))

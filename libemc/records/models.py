@@ -216,11 +216,23 @@ class Ctf(Section):
     angle: Numbers
     phase_shift: Numbers
     score: Scores | None = None
+    """Correlation of rings and fit, per tilt."""
     resolution: Scores | None = None
     """To which the fitted rings are seen, per tilt."""
+    error: Scores | None = None
+    """Standard error of the mean of U and V, per tilt."""
+    astigmatism_error: float | None = None
+    """Standard error of U - V."""
+    phase_error: Scores | None = None
+    """Standard error of the phase shift, per tilt."""
+    measured: tuple[bool, ...] | None = None
+    """Whether a tilt's own rings tell its defocus; otherwise it has the series' value."""
+    thickness: float | None = None
+    """Of the specimen, from the rings."""
     defocus_handedness: Literal[-1, 1] = -1
     """The sign of q_z in a point's defocus."""
     handedness_score: float | None = None
+    """How sure that is, from 0, undecided, to 1."""
 
 
 class Tomogram(Section):

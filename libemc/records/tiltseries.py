@@ -12,11 +12,13 @@ from libemc.records.store import load
 
 REMEDIES = {
     "alignment": "run emc_tomogram {name}",
-    "ctf": "import it with emc_import --alignment FILE... {name}",
+    "ctf": "run emc_tomoctf {name}",
     "tomograms": "run emc_tomogram {name}",
     "picks": "import some with emc_import --picks FILE --label L {name}",
 }
 """How a tilt series gets a section."""
+ONE_IMAGE = "one image can't be aligned: import an alignment with emc_import --alignment FILE... {name}"
+"""How a micrograph gets an alignment."""
 
 ENDING = "_info.json"
 
@@ -62,7 +64,8 @@ def need(record: TiltSeriesRecord, section: str) -> Alignment | Ctf | tuple[Tomo
     """
     found: Alignment | Ctf | tuple[Tomogram, ...] | dict[str, Picks] | None = getattr(record, section)
     if not found:
-        remedy = REMEDIES[section].format(name=record.name)
+        single = section == "alignment" and record.source.shape[0] == 1
+        remedy = (ONE_IMAGE if single else REMEDIES[section]).format(name=record.name)
         raise InputError(f"section {section} is not done yet", tiltseries_path(record.name), remedy)
     return found
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from libemc.errors import InputError
 from libemc.io.mrc import open_stack
 from libemc.io.truth import read_truth
 
@@ -31,15 +32,28 @@ def test_simulated(shared_data: Path, name: str, hand: int, bad: list[int], moti
     np.testing.assert_allclose(truth.picks.matrices, data["poses"], atol=2e-5)  # 5 decimals are not quite a rotation
 
 
+DATA = {
+    "apix": 3.0, "tilt": [-3.0, 0.0, 3.0], "nominal": [-3, 0, 3], "acq": [1, 0, 2], "axis": 85.0, "dose": 3.0,
+    "shift_A": [[0.0, 0.0]] * 3, "defocus": 3e4, "defocus_handedness": -1, "poses": [np.eye(3).tolist()],
+    "pos_A": [[100.0, 0.0, 0.0]], "kv": 300, "cs": 2.7, "ac": 0.07, "thick": 900,
+}  # fmt: skip
+
+
+def test_phase_shift_of_a_plate(tmp_path: Path) -> None:
+    """One number, or one per tilt; 0 without a plate."""
+    path = tmp_path / "ts_truth.json"
+    for said, want in ((None, [0.0] * 3), (35.0, [35.0] * 3), ([60.0, 50.0, 70.5], [60.0, 50.0, 70.5])):
+        path.write_text(json.dumps(DATA | ({} if said is None else {"phase_shift": said})))
+        assert read_truth(path).ctf.phase_shift.tolist() == want
+    path.write_text(json.dumps(DATA | {"phase_shift": [1.0, 2.0]}))
+    with pytest.raises(InputError, match="phase_shift has 2 entries for 3 tilts"):
+        read_truth(path)
+
+
 def test_magnification_of_each_tilt(tmp_path: Path) -> None:
     """A list per tilt, as a simulator writes it; 1 where none is said."""
-    data = {
-        "apix": 3.0, "tilt": [-3.0, 0.0, 3.0], "nominal": [-3, 0, 3], "acq": [1, 0, 2], "axis": 85.0, "dose": 3.0,
-        "shift_A": [[0.0, 0.0]] * 3, "defocus": 3e4, "defocus_handedness": -1, "poses": [np.eye(3).tolist()],
-        "pos_A": [[100.0, 0.0, 0.0]], "kv": 300, "cs": 2.7, "ac": 0.07, "thick": 900,
-    }  # fmt: skip
     path = tmp_path / "ts_truth.json"
     for more, want in (({}, [1.0, 1.0, 1.0]), ({"magnification": [0.99, 1.0, 1.02]}, [0.99, 1.0, 1.02])):
-        path.write_text(json.dumps(data | more))
+        path.write_text(json.dumps(DATA | more))
         truth = read_truth(path)
         assert truth.alignment.magnification.tolist() == want

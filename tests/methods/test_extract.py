@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from libemc.methods import extract
-from libemc.methods.subtilts import TiltGeometry
-from libemc.records import Alignment, Ctf, Deformation
+from libemc.methods.subtilts import Particles, TiltGeometry, dose_filter
+from libemc.numerics.slices import Band
+from libemc.records import Alignment, Ctf, Deformation, Picks, Source, Tilts, TiltSeriesRecord
 
 
 def gaussian_image(shape: tuple[int, int], x: float, y: float, sigma: float = 2.5) -> np.ndarray:
@@ -87,3 +88,22 @@ def test_tilts_that_do_not_see_a_particle() -> None:
     assert [bool(np.any(image)) for image in stack] == [True, False, True, True, False, False]
     # white noise of unit variance after scaling (500 background pixels in each tilt: 3 % standard error)
     assert abs(float(stack[0].astype(float).std()) - 1) < 0.15
+
+
+def test_doses_are_the_records_or_none() -> None:
+    """Grant & Grigorieff's filter at 1/10 Å at the end of each exposure, written out; 1 without doses."""
+    source = Source(stack="s.mrc", shape=(2, 60, 60), pixel_size=2.0, voltage=300.0, cs=2.7, amplitude_contrast=0.07)
+    tilts = Tilts(nominal=(0.0, 3.0), use=(True, True), dose=(3.0, 3.0), dose_before=(3.0, 0.0))
+    zeros = (0.0, 0.0)
+    alignment = Alignment(axis=zeros, tilt=(0.0, 3.0), xtilt=zeros, shift_x=zeros, shift_y=zeros)
+    picks = {"p": Picks(xyz=((0.0, 0.0, 0.0),))}
+    record = TiltSeriesRecord(name="s", source=source, tilts=tilts, alignment=alignment, picks=picks)
+    patches = extract.locate(picks["p"].xyz, TiltGeometry.of(alignment, tilts.use), None, (60, 60), 2.0, 20)
+    band = Band.of(20)
+    at = int(((band.kx == 4) & (band.ky == 0)).nonzero()[0])
+    for dose, expected in ((True, [6.0, 3.0]), (False, [0.0, 0.0])):
+        file = extract.particle_file(record, "p", "set", 20, 2.0, "c1", patches, dose)
+        series = Particles.of(file, np.zeros((2, 20, 20), np.float32)).series
+        found = dose_filter(series, band, 2.0)[:, at]
+        critical = 0.245 * 0.1**-1.665 + 2.81
+        np.testing.assert_allclose(found, np.exp(-np.array(expected) / (2 * critical)), rtol=1e-5)

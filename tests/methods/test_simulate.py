@@ -123,6 +123,17 @@ def test_counts_are_a_poisson_process_of_the_expected_image() -> None:
 # ----------------------------------------------------------------------------------------------------- the other effects
 
 
+def test_a_plates_phase_drifts_from_exposure_to_exposure() -> None:
+    """Each image of a drifting plate is that of a plate which holds the phase of its place in the order of exposure."""
+    full = dataclasses.replace(PLAIN, beads=2, bead_radius=30.0, ice=1.0)
+    drifting = scene(full, THREE, Imaging(defocus_jitter=0.0, phase_shift=50.0, phase_drift=30.0))
+    got = images(drifting)
+    for j, phase in enumerate((80.0, 50.0, 65.0)):
+        constant = scene(full, THREE, Imaging(defocus_jitter=0.0, phase_shift=phase))
+        assert (images(constant)[j] == got[j]).all() and drifting.truth()["phase_shift"][j] == phase
+        assert (images(constant)[j - 1] != got[j - 1]).any()
+
+
 def test_ice_has_its_spectrum_at_its_defocus() -> None:
     """The power of untilted, thin ice is CTF² times the structure factor, on the physical scale."""
     flat = Acquisition((0.0,), (0,), dose=4.0)

@@ -210,6 +210,11 @@ def nan(array: np.ndarray) -> None:
     array[2, 50, 50] = np.nan
 
 
+def static(array: np.ndarray) -> np.ndarray:
+    """Nothing but noise, as many pixels."""
+    return np.random.default_rng(0).normal(100, 10, array.shape)
+
+
 def everyone(key: str, value: Any) -> Prepare:
     """A field of all four particles."""
     return both(*(put(FILE, "particles", i, key, value=value) for i in range(4)))
@@ -233,6 +238,7 @@ AVERAGE = "emc_average ribo --path avg --quiet"
 REFINE = "emc_refine ribo --reference ref.mrc --startres 14 --local --iterations 1 --path spt_01 --quiet"
 RESUME = "emc_refine ribo --reference ref.mrc --startres 14 --local --iterations 2 --path spt_00 --resume --quiet"
 TOMOGRAM = "emc_tomogram TS_01 --load --bin 2 --quiet"
+TOMOCTF = "emc_tomoctf TS_01 --quiet"
 IMPORT = "emc_import new.mrc --dose 3 --dose-order sequential --quiet"
 TILTS = "-40\n-20\n0\n20\n40\n"
 NEW = np.random.default_rng(0).normal(100, 10, (5, 40, 44)).astype(np.float32)
@@ -412,9 +418,9 @@ CASES = {
     # tomograms
     "tomogram: not aligned": case(TOMOGRAM, drop(INFO, "alignment"), INFO, "alignment", "run emc_tomogram"),
     "tomogram: aligned already": case("emc_tomogram TS_01 --quiet", None, INFO, "aligned already", "--load"),
-    "tomogram: no CTF": case(f"{TOMOGRAM} --ctf wiener", drop(INFO, "ctf"), INFO, "ctf", "emc_import --alignment"),
+    "tomogram: no CTF": case(f"{TOMOGRAM} --ctf wiener", drop(INFO, "ctf"), INFO, "ctf", "run emc_tomoctf"),
     "tomogram: deconvolution without CTF": case(
-        f"{TOMOGRAM} --deconvolve", drop(INFO, "ctf"), INFO, "ctf", "emc_import --alignment"
+        f"{TOMOGRAM} --deconvolve", drop(INFO, "ctf"), INFO, "ctf", "run emc_tomoctf"
     ),
     "tomogram: no strength": case(f"{TOMOGRAM} --deconvolve=-1", None, "--deconvolve", "-1"),
     "tomogram: tag with a folder": case(f"{TOMOGRAM} --tag a/b", None, "--tag", "a/b"),
@@ -440,7 +446,7 @@ CASES = {
     "import: no such file": case(IMPORT, None, "new.mrc", "no such file"),
     "import: a text": case(IMPORT, both(new(), write("new.mrc", "text " * 500)), "new.mrc", "not an MRC file"),
     "import: cut": case(IMPORT, both(new(), cut("new.mrc", 20000)), "new.mrc", "cut short"),
-    "import: one image": case(IMPORT, new(NEW[:1], tilts="0\n"), "new.mrc", "one image"),
+    "import: one image": case(IMPORT, new(NEW[:1], tilts=None), "new.mrc", "one image", "--tilt-start"),
     "import: no angles": case(IMPORT, new(tilts=None), "new.mrc", "rawtlt"),
     "import: too many angles": case(IMPORT, new(tilts=f"{TILTS}60\n"), "new.rawtlt", "6", "5"),
     "import: no angle": case(IMPORT, new(tilts="-40\n-20\nzero\n20\n40\n"), "new.rawtlt", "line 3"),
@@ -480,6 +486,24 @@ CASES = {
         "emc_export ribo --format relion31 --quiet", FULL, "export/ribo/TS_01.mrcs", "no space left",
     ),
     "export: no stack": case("emc_export ribo --format relion31 --quiet", gone(STACK), STACK, "no such file"),
+    # CTFs
+    "tomoctf: not aligned": case(TOMOCTF, both(drop(INFO, "ctf"), drop(INFO, "alignment")), INFO, "alignment",
+                                 "run emc_tomogram TS_01"),
+    "tomoctf: hand of what isn't aligned": case(f"{TOMOCTF} --check-hand", drop(INFO, "alignment"), INFO, "alignment"),
+    "tomoctf: CTF there": case(TOMOCTF, None, INFO, "has a CTF already", "--overwrite", "--check-hand"),
+    "tomoctf: no such name": case("emc_tomoctf TS_1 --quiet", None, "TS_1", "did you mean TS_01"),
+    "tomoctf: no stack": case(f"{TOMOCTF} --overwrite", gone(RAW), RAW, "no such file"),
+    "tomoctf: cut stack": case(TOMOCTF, both(drop(INFO, "ctf"), cut(RAW, 40000)), RAW, "cut short"),
+    "tomoctf: other pixels": case(f"{TOMOCTF} --check-hand", images(lambda _: None, 2.7), RAW, "2.7", "TS_01"),
+    "tomoctf: NaN": case(f"{TOMOCTF} --overwrite", images(nan), RAW, "image 2", "not finite", "exclude"),
+    "tomoctf: all blank": case(f"{TOMOCTF} --overwrite", images(lambda a: a * 0 + 7), RAW, "contrast", "exclude"),
+    "tomoctf: no tilt used": case(
+        f"{TOMOCTF} --overwrite", put(INFO, "tilts", "use", value=[False] * 5), INFO, "no tilt is used", "include",
+    ),
+    "tomoctf: no rings": case(f"{TOMOCTF} --overwrite", images(static), RAW, "no rings"),
+    "tomoctf: flip of what isn't aligned": case(f"{TOMOCTF} --flip", drop(INFO, "alignment"), INFO, "alignment"),
+    "tomoctf: flip with a phase plate": case(f"{TOMOCTF} --flip --phase-plate", None, "--phase-plate", "--flip"),
+    "tomoctf: flip and check": case(f"{TOMOCTF} --flip --check-hand", None, "--flip", "--check-hand"),
     # the demonstration
     "demo: somebody's folder": case("emc_demo info", None, "info", "is not a folder that emc_demo has made"),
     "demo: a file": case("emc_demo ref.mrc", None, "ref.mrc"),

@@ -168,6 +168,18 @@ def test_without_a_ctf(series: HandSeries, capsys: pytest.CaptureFixture[str]) -
     assert any("has no CTF" in text for text in content()["history"][-1]["warnings"])
 
 
+def test_without_doses(series: HandSeries) -> None:
+    """The particles lose their doses and nothing else; a subtomogram is then not weighted by them."""
+    assert ran("TS_hand", *ARGV, "--subtomograms") == 0
+    kept, images = content(), Path("particles/ribo/TS_hand.mrcs").read_bytes()
+    weighted = mrcfile.read("particles/ribo/subtomograms/TS_hand_000000.mrc")
+    assert ran("TS_hand", *ARGV, "--no-dose", "--subtomograms") == 0
+    found = content()
+    assert found["tilts"] == kept["tilts"] | {"dose": [0.0] * 11, "dose_before": [0.0] * 11}
+    assert found["particles"] == kept["particles"] and Path("particles/ribo/TS_hand.mrcs").read_bytes() == images
+    assert not np.allclose(mrcfile.read("particles/ribo/subtomograms/TS_hand_000000.mrc"), weighted)
+
+
 def test_all_takes_the_series_that_have_such_picks(series: HandSeries, capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads(Path("info/TS_hand_info.json").read_text())
     for name, label in (("TS_b", "ribo"), ("TS_c", "other")):

@@ -14,7 +14,11 @@ import torch
 from mrcfile.dtypes import HEADER_DTYPE
 from scipy.spatial.transform import Rotation
 
+import emc_extract
 import emc_import
+import emc_info
+import emc_tomoctf
+import emc_tomogram
 from libemc import project as projects
 from libemc import records
 from libemc.io import geometry, imod, mrc, relion
@@ -186,7 +190,8 @@ def test_refusals_of_stacks(project: Path, capsys: pytest.CaptureFixture[str]) -
     both = refused(capsys, file, "--pixel-size", "2.5")
     assert "--pixel-size says 2.5 Å/px" in both and "TS_01.mrc says 4 Å/px" in both
     assert "--pixel-size" in refused(capsys, file, "--ignore-header")
-    assert "--tilt-step" in refused(capsys, file, "--tilt-start", "3")
+    assert "holds 5 images, of which --tilt-start says one" in refused(capsys, file, "--tilt-start", "3")
+    assert "--tilt-step without --tilt-start" in refused(capsys, file, "--tilt-step", "3")
     assert "there is no such file" in refused(capsys, "none.mrc")
     assert "--label has no meaning for stacks" in refused(capsys, file, "--label", "x")
     assert "--copy has no meaning for picks" in refused(capsys, "--picks", "x.csv", "--copy")
@@ -202,8 +207,13 @@ def test_refusals_of_stacks(project: Path, capsys: pytest.CaptureFixture[str]) -
     assert "not an order" in refused(capsys, file, "--mdoc", "TS_01.mdoc", "--dose-order", "TS_01.rawtlt")
     stack("zero.mrc", pixel_size=0.0)
     assert "no pixel size in" in refused(capsys, "zero.mrc")
-    stack("one.mrc", images()[:1], tilts=[0.0])
-    assert "holds one image" in refused(capsys, "one.mrc")
+    stack("one.mrc", images()[:1], tilts=None)
+    line = refused(capsys, "one.mrc")
+    assert "one.mrc: holds one image and has no tilt angle" in line and "--tilt-start" in line
+    assert "holds one image" in refused(capsys, "one.mrc", "--dose", "3")
+    assert "end at 91" in refused(capsys, "one.mrc", "--tilt-start", "91")
+    Path("one.rawtlt").write_text("0\n3\n")
+    assert "2 angles for 1 images" in refused(capsys, "one.mrc")
     Path("cut.mrc").write_bytes(file.read_bytes()[:3000])
     Path("empty.mrc").touch()
     assert "cut short" in refused(capsys, "cut.mrc") and "is empty" in refused(capsys, "empty.mrc")
@@ -231,6 +241,74 @@ def test_an_mdoc_that_contradicts_the_angles_that_were_asked_for(
     assert "TS_01.mdoc is ignored" in capsys.readouterr().err
     assert ran(file, "--mdoc", "TS_01.mdoc", "--overwrite") == 0
     assert record().tilts.nominal == (-40.0, -20.0, 0.0, 20.0, 40.0) and record().tilts.dose == (2.0,) * 5
+
+
+# --------------------------------------------------------------------------------------------------- single micrographs
+
+
+def micrograph(path: str, defocus: float = 12000.0, pixel_size: float = 2.0) -> Path:
+    """A 2-D MRC file of white noise seen through the CTF at 300 kV, with as much noise again; sides of 400 and 500."""
+    rng, shape = np.random.default_rng(4), (400, 500)
+    k = np.hypot(np.fft.fftfreq(shape[0], pixel_size)[:, None], np.fft.rfftfreq(shape[1], pixel_size))
+    lens = -np.sin(np.pi * 0.0196875 * defocus * k**2 - np.pi / 2 * 2.7e7 * 0.0196875**3 * k**4 + np.arcsin(0.07))
+    seen = np.fft.irfft2(np.fft.rfft2(rng.normal(size=shape)) * lens, shape)
+    with mrcfile.new(path, (100 + 5 * (seen + rng.normal(size=shape))).astype(np.float32)) as file:
+        assert file.is_single_image()
+        file.voxel_size = pixel_size
+    return Path(path)
+
+
+def test_a_micrograph_is_a_series_of_one_image(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = micrograph("m_01.mrc")
+    line = "m_01: 1/1 tilts, 2 Å/px, 500 x 400, {} degrees, axis not known, {}\n"
+    assert ran(file, "--tilt-start", "-0.5") == 0
+    assert capsys.readouterr() == (line.format("-0.5", "dose not known"), "")  # no word of orders and doses
+    assert record("m_01").source.shape == (1, 400, 500) and record("m_01").tilts.order is None
+    assert ran(file, "--tilt-start", "2", "--tilt-step", "3", "--dose", "40", "--overwrite") == 0
+    assert capsys.readouterr() == (line.format("2", "40 e/Å²"), "")
+    tilts = record("m_01").tilts
+    assert (tilts.nominal, tilts.order, tilts.dose, tilts.dose_before) == ((2.0,), (0,), (40.0,), (0.0,))
+    Path("m_01.rawtlt").write_text("7.5\n")
+    assert ran(file, "--overwrite") == 0 and record("m_01").tilts.nominal == (7.5,)
+    Path("m_01.rawtlt").unlink()
+    Path("m_01.mdoc").write_text(
+        "PixelSpacing = 2.0\nVoltage = 200\n\n[ZValue = 0]\nTiltAngle = 0.02\nExposureDose = 25\n"
+    )
+    assert ran(file, "--overwrite") == 0
+    found = record("m_01")
+    assert (found.tilts.nominal, found.tilts.dose, found.source.voltage) == ((0.02,), (25.0,), 200.0)
+    text = Path("m_01.mdoc").read_text()
+    Path("m_01.mdoc").write_text(text.replace("ExposureDose", "PriorRecordDose"))
+    assert ran(file, "--overwrite") == 0
+    tilts = record("m_01").tilts
+    assert (tilts.dose_before, tilts.dose) == ((25.0,), None)  # of one image nothing says its own
+
+
+def test_what_can_be_done_with_a_micrograph(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """emc_tomoctf finds the defocus that the image was made with; what wants a tilt series says so in one line."""
+    assert ran(micrograph("m_01.mrc"), "--tilt-start", "0") == 0
+    capsys.readouterr()
+    assert emc_info.program.main([]) == 0 and "m_01_info.json: tiltseries" in capsys.readouterr().out
+    assert emc_tomoctf.program.main(["m_01", "--quiet"]) == 0
+    found = record("m_01").ctf
+    assert found is not None and found.measured == (True,) and found.error is not None and found.error[0] is not None
+    mean = (found.defocus_u[0] + found.defocus_v[0]) / 2
+    assert abs(mean - 12000) < 3 * found.error[0] < 300
+    assert emc_info.program.main(["m_01"]) == 0
+    assert f"defocus_u            {found.defocus_u[0]}" in capsys.readouterr().out
+    before = Path("info/m_01_info.json").read_bytes()
+    for module, words, why in (
+        (emc_tomogram, [], "holds 1 image, a tomogram needs 3 at least"),
+        (emc_tomogram, ["--load"], "holds 1 image, a tomogram needs 3 at least"),
+        (emc_extract, ["--label", "a", "--set", "a", "--box", "32"], "one image can't be aligned"),
+    ):
+        assert module.program.main(["m_01", *words]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and "info/m_01_info.json: " in err and why in err
+    assert Path("info/m_01_info.json").read_bytes() == before and not Path("particles").exists()
+    assert ran("m_01.mrc", "--tilt-start", "20", "--overwrite") == 0  # its rings would be of many heights
+    capsys.readouterr()
+    assert emc_tomoctf.program.main(["m_01", "--quiet"]) == 2 and "alignment" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- an independent series

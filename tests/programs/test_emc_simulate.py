@@ -115,6 +115,12 @@ def test_missing_duplicate_and_beyond_the_field(project: Path, capsys: pytest.Ca
     assert np.shape(truth["probe2d_px"]) == (100, 4, 2) and np.abs(truth["bead_motion_A"]).max() > 0.01
 
 
+def test_a_phase_plate(project: Path) -> None:
+    assert ran("TS_01", *SMALL, "--ice", "0", "--phase-shift", "50", "--phase-drift", "-20") == 0
+    truth = json.loads(Path("TS_01_truth.json").read_text())
+    assert truth["phase_shift"] == [50 - 20 * k / 4 for k in truth["acq"]]
+
+
 def test_dry_run_writes_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ran("TS_01", *SMALL, "--dry-run") == 0
     assert capsys.readouterr().out.startswith("TS_01: 5 tilts, 3 particles (about ")

@@ -333,13 +333,13 @@ def test_dry_run_does_nothing(project: Path, capsys: pytest.CaptureFixture[str])
     ("argv", "words"),
     [
         (["ts", "--load"], "emc_tomogram"),  # is the program that makes an alignment
-        (["ts", "--ctf", "wiener"], "emc_import --alignment"),
+        (["ts", "--ctf", "wiener"], "run emc_tomoctf"),
         (["ts", "--bin", "20"], "too small"),
         (["ts", "--load", "--refine"], "not allowed"),
         (["ts", "--load", "--align-only"], "not allowed"),
         (["ts", "--load", "--local-motion"], "--local-motion has no meaning"),
         (["ts", "--refine"], "alignment"),
-        (["ts", "--deconvolve"], "emc_import --alignment"),
+        (["ts", "--deconvolve"], "run emc_tomoctf"),
         (["ts", "--tag", "a/b"], "--tag"),
         (["tz"], "ts"),
         (["ts", "--bin", "0"], "--bin"),

@@ -79,7 +79,7 @@ def test_rotated_and_shifted(project: Path, capsys: pytest.CaptureFixture[str], 
 
 @pytest.mark.parametrize("box", [30, 31])
 def test_mirrored_and_inverted(project: Path, capsys: pytest.CaptureFixture[str], box: int) -> None:
-    volume, _ = made(capsys, "--flip", "z", "--invert", box=box)
+    volume, _ = made(capsys, "--mirror", "z", "--invert", box=box)
     mirror = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
     wanted = gaussian(volume.shape, PIXEL_SIZE, mirror @ CENTRE, mirror @ ROOT)
     assert np.allclose(-volume[1:], wanted[1:], atol=1e-6)  # float32

@@ -44,11 +44,20 @@ def test_unknown_name_lists_the_known(series: Path) -> None:
         load_tiltseries("TS_1", project="elsewhere")
 
 
+def test_an_alignment_of_one_image_can_only_be_imported(series: Path) -> None:
+    record = load_tiltseries("TS_01")
+    one = record.model_copy(
+        update={"source": record.source.model_copy(update={"shape": (1, 1024, 960)}), "alignment": None}
+    )
+    with pytest.raises(InputError, match=r"one image can't be aligned: .* emc_import --alignment FILE\.\.\. TS_01$"):
+        need(one, "alignment")
+
+
 @pytest.mark.parametrize(
     ("section", "remedy"),
     [
         ("alignment", "run emc_tomogram TS_01"),
-        ("ctf", "import it with emc_import --alignment FILE... TS_01"),
+        ("ctf", "run emc_tomoctf TS_01"),
         ("tomograms", "run emc_tomogram TS_01"),
         ("picks", "import some with emc_import --picks FILE --label L TS_01"),
     ],
