@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
@@ -39,6 +40,13 @@ LEAST_POWER = 1e-4
 """Of the strongest frequency, as the least that the model of the noise has."""
 TOLERANCE, MOST_STEPS = 1e-3, 200
 """Of the conjugate gradients: relative residual, and steps."""
+
+SPOT_BLUR, SPOT_LEVEL = 15.0, 6.0
+"""Å, and standard deviations: what stands out so far after that blur is a spot."""
+SPOT_MARGIN, SPOT_SURROUNDINGS = 40.0, 200.0
+"""Å around a spot, and the width of the square whose mean takes its place."""
+MOST_SPOTS = 0.7
+"""Of an image: what covers more isn't spots."""
 
 
 def radial_power(image: Tensor, masked: Tensor, size: int) -> Tensor:
@@ -199,6 +207,37 @@ def disc_response(image: Tensor, radius: float, margin: float) -> Tensor:
     padded = torch.nn.functional.pad(image - mean, pads)
     response = torch.fft.irfft2(torch.fft.rfft2(padded) * kernel, s=tuple(shape))
     return response[: image.shape[0], : image.shape[1]]
+
+
+def without_spots(image: Tensor, pixel_size: float, seed: int) -> Tensor:
+    """An image whose strongest spots, gold or ice, are replaced: by detail from elsewhere in it, about the mean around them.
+
+    For spectra, and where no alignment says where beads are. Detail of the same image keeps its rings; a bead's form factor
+    has rings of its own, and is stronger than all else.
+
+    Args:
+        image: (y, x) float32. pixel_size: Å. seed: of where the detail comes from.
+    """
+    pixels = image.numpy()
+    step = max(1, int(SPOT_BLUR / 2 / pixel_size))
+    small = torch.nn.functional.avg_pool2d(image[None, None], step, ceil_mode=True)[0, 0].numpy()
+    smooth = ndimage.gaussian_filter(small, SPOT_BLUR / (step * pixel_size), mode="reflect")
+    smooth -= np.median(smooth)
+    outside = np.abs(smooth) <= SPOT_LEVEL * 1.4826 * float(np.median(np.abs(smooth)))
+    if outside.all():
+        return image
+    near = ndimage.distance_transform_edt(outside) * step * pixel_size < SPOT_MARGIN
+    if near.mean() > MOST_SPOTS:
+        return image
+    spots = near.repeat(step, 0).repeat(step, 1)[: pixels.shape[0], : pixels.shape[1]]
+    known = (~spots).astype(np.float32)
+    width = max(1, round(SPOT_SURROUNDINGS / pixel_size))
+    share = ndimage.uniform_filter(known, width, mode="nearest").clip(1e-3)
+    mean = ndimage.uniform_filter(pixels * known, width, mode="nearest") / share
+    left = np.where(spots, 0.0, pixels - mean)
+    shift = np.random.default_rng(seed).integers(np.array(pixels.shape) // 4, np.array(pixels.shape) * 3 // 4)
+    noise = np.roll(left, shift, (0, 1))
+    return torch.from_numpy(np.where(spots, mean + noise, pixels).astype(np.float32))
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,10 @@ class Series:
         pairs = [e.marginal(state.amplitude) for e in each]
         likelihood = np.array([p[0] for p in pairs]) / surplus
         smoothed = _smooth_finely(likelihood, grid, self.order)
-        state = self._moved(state, each, [p[1] for p in pairs], grid, smoothed)
+        nearest = np.abs(smoothed.mean[:, None] - grid).argmin(1)
+        own = np.array([p[1][i] for p, i in zip(pairs, nearest, strict=True)])
+        amplitude = _at(each, nearest).best()[1][0]
+        state = replace(state, defocus=smoothed.mean, amplitude=amplitude, own=np.maximum(own, 0))
         rows, surplus = self._weighed(rows, state)
         nothing = np.zeros(len(rows))
         known = smoothed.evidence, smoothed.error, smoothed.own, smoothed.others, smoothed.others_error
@@ -191,12 +194,6 @@ class Series:
         rows, surplus = self._weighed(rows, state)
         known = found.evidence, found.error, found.own, found.others, found.others_error
         return Fit(state, *known, grid, likelihood.max(1), tuple(rows), surplus, found.phase_error)
-
-    def _moved(self, state: State, each: list[Evidence], means: list[Array], grid: Array, smoothed: Smoothed) -> State:
-        nearest = np.abs(smoothed.mean[:, None] - grid).argmin(1)
-        own = np.array([m[i] for m, i in zip(means, nearest, strict=True)])
-        amplitude = _amplitude(each, grid, smoothed.mean)
-        return replace(state, defocus=smoothed.mean, amplitude=amplitude, own=np.maximum(own, 0))
 
     def _weighed(self, rows: Sequence[Rows], state: State) -> tuple[list[Rows], float]:
         """The rows with the weights that the present model gives them, and how much more they scatter than that."""
@@ -302,50 +299,36 @@ class Series:
         Returns:
             The rings, the correlation of each tilt's with the fit (N,), and to how many Å they are seen (N,), NaN where none is.
         """
-        k, sectors = self.frame.k, self.spectra.angle
+        k, sectors, state = self.frame.k, len(self.spectra.angle), fit.state
         count = int(self.spectra.tilt.max()) + 1
-        shape = (count, len(sectors), len(k))
-        total, power, model = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+        sums = np.zeros((3, count, sectors, len(k)))
         score, limit = np.full(len(fit.rows), np.nan), np.full(len(fit.rows), np.nan)
         for n, (j, r) in enumerate(zip(self.tilts, fit.rows, strict=True)):
-            state = fit.state
             defocus = state.of(r, n, state.defocus[[n]])[0]
             remainder, rings = fitted(r, self.frame, defocus, state.shift[n], state.own[n])
-            left = r.excess - remainder
-            flat = np.zeros((3, len(k)))
-            for i, angle in enumerate(r.angle):
-                for target, sums in (
-                    (defocus[i] - state.hand * r.height[i], (total, power, model)),
-                    (state.defocus[n], flat),
-                ):
-                    source = equal_phase(k, target, defocus[i], self.optics)
-                    inside = (source >= k[0]) & (source <= k[-1])
-                    at = source[inside]
-                    weight = np.interp(at, k, r.weight[i])
-                    values = weight, weight * np.interp(at, k, left[i]), weight * np.interp(at, k, rings[i])
-                    for s, v in zip(sums, values, strict=True):
-                        if s.ndim == 3:
-                            s[j, int(np.abs(sectors - angle).argmin()), inside] += v
-                        else:
-                            s[inside] += v
-            score[n], limit[n] = self._agreement(*flat)
+            parts = r.weight * np.stack([np.ones_like(rings), r.excess - remainder, rings])
+            level = defocus - state.hand * r.height
+            for i in range(len(defocus)):  # the rows are heights, and within them sectors
+                sums[:, j, i % sectors] += self._moved(parts[:, i], defocus[i], level[i])
+            flat = sum(self._moved(parts[:, i], defocus[i], state.defocus[n]) for i in range(len(defocus)))
+            score[n], limit[n] = self._agreement(*np.asarray(flat))
         with np.errstate(invalid="ignore", divide="ignore"):
-            measured, smooth_, error = power / total, model / total, 1 / np.sqrt(total)
+            measured, model = 1 + sums[1:] / sums[0]
+            error = np.where(sums[0] > 0, 1 / np.sqrt(sums[0]), np.nan)
         likelihoods = np.full((count, len(fit.grid)), np.nan)
         likelihoods[self.tilts] = fit.likelihood - fit.likelihood.max(1, keepdims=True)
-        return (
-            Rings(
-                k,
-                sectors,
-                (1 + measured).astype(np.float32),
-                (1 + smooth_).astype(np.float32),
-                np.where(np.isfinite(error), error, np.nan).astype(np.float32),
-                fit.grid,
-                likelihoods,
-            ),
-            score,
-            limit,
-        )
+        measured, model, error = (values.astype(np.float32) for values in (measured, model, error))
+        return Rings(k, self.spectra.angle, measured, model, error, fit.grid, likelihoods), score, limit
+
+    def _moved(self, values: Array, here: float, there: float) -> Array:
+        """(..., K) values at the frequencies where a defocus `there` has the phases that `here` has at theirs; 0 where none."""
+        k = self.frame.k
+        source = equal_phase(k, there, here, self.optics)
+        inside = (source >= k[0]) & (source <= k[-1])
+        out = np.zeros_like(values)
+        for moved, line in zip(out, values, strict=True):
+            moved[inside] = np.interp(source[inside], k, line)
+        return out
 
     def _agreement(self, weight: Array, power: Array, model: Array) -> tuple[float, float]:
         """Correlation of weighted sums over all directions and heights, and the finest period with significant rings."""

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 from torch import Tensor
 
+from libemc.methods.erase import without_spots
 from libemc.methods.subtilts import TiltGeometry
 from libemc.numerics import fourier
 
@@ -29,9 +29,6 @@ COARSEST = 50.0  # Å: longest period looked at
 FINEST = 0.95  # of Nyquist
 SECTORS = 12  # of the half circle
 LAYER = 300.0  # Å: tiles whose heights differ less than this share a spectrum
-BLUR, OUTSTANDING = 15.0, 6.0  # Å, and standard deviations: what stands out so far after that blur is gold or ice
-MARGIN, SURROUNDINGS = 40.0, 200.0  # Å: around it, and the width of the square whose mean takes its place
-MOST_COVERED = 0.7  # of an image: more is no spot
 SMOOTHNESS = 1 / 8  # of the range of frequencies: the standard deviation that smooths a tile's background
 
 
@@ -113,7 +110,7 @@ def measure(
         image = torch.from_numpy(np.asarray(load(j), np.float32))
         if scale > 1:
             image = fourier.resize(image - image.mean(), (rows, columns))
-        image = _without_gold(image, px, j)
+        image = without_spots(image, px, j)
         corners = [(y, x) for y in _starts(image.shape[0], n) for x in _starts(image.shape[1], n)]
         tiles = torch.stack([image[y : y + n, x : x + n] for y, x in corners])
         tiles = (tiles - tiles.mean((1, 2), keepdim=True)) * window
@@ -122,10 +119,8 @@ def measure(
         sums = sums.reshape(len(tiles), SECTORS, size).double()
         background = torch.exp(torch.log((sums.sum(1) / number.sum(0)).clamp_min(1e-12)) @ smoother)
         sums = sums / background[:, None]
-        middle = (torch.tensor(corners).flip(1) + n // 2 - torch.tensor([columns // 2, rows // 2])) * torch.tensor(
-            [right, down]
-        )
-        height, slope = _heights(geometry, j, middle.double())
+        middle = torch.tensor(corners).flip(1) + n // 2 - torch.tensor([columns // 2, rows // 2])
+        height, slope = _heights(geometry, j, middle * torch.tensor([right, down], dtype=torch.float64))
         layer = (height / LAYER).round().long()
         for one in layer.unique().tolist():
             inside = layer == one
@@ -144,33 +139,6 @@ def measure(
         side=n * px,
         beam=(1 / geometry.matrices[:, 2, 2].abs().clamp_min(0.1)).numpy(),
     )
-
-
-def _without_gold(image: Tensor, pixel_size: float, j: int) -> Tensor:
-    """An image whose strongest spots are replaced: by detail from elsewhere in it, about the mean of what surrounds them.
-
-    The form factor of a bead has rings of its own, and is stronger than all else.
-    """
-    pixels = image.numpy()
-    step = max(1, int(BLUR / 2 / pixel_size))
-    small = torch.nn.functional.avg_pool2d(image[None, None], step, ceil_mode=True)[0, 0].numpy()
-    smooth = ndimage.gaussian_filter(small, BLUR / (step * pixel_size), mode="reflect")
-    smooth -= np.median(smooth)
-    outside = np.abs(smooth) <= OUTSTANDING * 1.4826 * float(np.median(np.abs(smooth)))
-    if outside.all():
-        return image
-    near = ndimage.distance_transform_edt(outside) * step * pixel_size < MARGIN
-    if near.mean() > MOST_COVERED:
-        return image
-    spots = near.repeat(step, 0).repeat(step, 1)[: pixels.shape[0], : pixels.shape[1]]
-    known = (~spots).astype(np.float32)
-    width = max(1, round(SURROUNDINGS / pixel_size))
-    share = ndimage.uniform_filter(known, width, mode="nearest").clip(1e-3)
-    mean = ndimage.uniform_filter(pixels * known, width, mode="nearest") / share
-    left = np.where(spots, 0.0, pixels - mean)
-    shift = np.random.default_rng(j).integers(np.array(pixels.shape) // 4, np.array(pixels.shape) * 3 // 4)
-    noise = np.roll(left, shift, (0, 1))
-    return torch.from_numpy(np.where(spots, mean + noise, pixels).astype(np.float32))
 
 
 def _smoother(k: Tensor) -> Tensor:

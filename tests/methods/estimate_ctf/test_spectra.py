@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from libemc.methods import erase
 from libemc.methods.estimate_ctf import spectra
 from libemc.methods.subtilts import TiltGeometry
 from libemc.numerics.rotations import tilt_matrices
@@ -218,8 +219,8 @@ def test_gold_is_removed(shape: tuple[int, int]) -> None:
     for at in ((300.0, 420.0), (830.0, 700.0)):
         r = np.hypot(y - at[0], x - at[1])
         beads -= np.where(r < 50, 12 * clean.std() * np.sqrt(np.maximum(0, 1 - (r / 50) ** 2)), 0).astype(np.float32)
-        far &= r > 50 + spectra.MARGIN + 3 * spectra.BLUR
-    cleaned = spectra._without_gold(torch.from_numpy(beads), film.pixel, 0).numpy()
+        far &= r > 50 + erase.SPOT_MARGIN + 3 * erase.SPOT_BLUR
+    cleaned = erase.without_spots(torch.from_numpy(beads), film.pixel, 0).numpy()
     np.testing.assert_array_equal(cleaned[far], beads[far])
     spots = np.hypot(y - 300, x - 420) < 50
     assert beads[spots].mean() < -5 * clean.std()
@@ -234,7 +235,7 @@ def test_noise_has_no_gold() -> None:
     """In twenty images of noise nothing stands out by six standard deviations, nor at their edges."""
     changed = 0
     for image in noise(20, (300, 320), 4) - 5:
-        cleaned = spectra._without_gold(torch.from_numpy(image), 3.0, 0).numpy()
+        cleaned = erase.without_spots(torch.from_numpy(image), 3.0, 0).numpy()
         changed += int((cleaned != image).any())
     assert changed == 0
 
