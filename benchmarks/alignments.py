@@ -25,17 +25,14 @@ import math
 import os
 import shutil
 import sys
-import time
-import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from commands import Cost, Parameters, chosen, log_uniform, program, words
+from commands import Cost, Parameters, chosen, log_uniform, program, scored, words
 
 from libemc import records
 from libemc.methods import evaluate, phantom, simulate
@@ -459,32 +456,15 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
 
     def one(number: int) -> Score:
-        beads = number % 2 == 0
-        try:
-            made = make(folder, args.seed, number)
-            if args.generate_only:
-                return Score(number, beads, seconds=made["_seconds"], memory=made["_memory"])
-            return score(folder, number, *STAGES[args.stage](folder, number))
-        except Exception as error:
-            if not args.keep_going:
-                raise
-            if not isinstance(error, RuntimeError):
-                traceback.print_exc()
-            return Score(number, beads, failure=str(error))
+        made = make(folder, args.seed, number)
+        if args.generate_only:
+            return Score(number, number % 2 == 0, seconds=made["_seconds"], memory=made["_memory"])
+        return score(folder, number, *STAGES[args.stage](folder, number))
 
-    began, scores = time.perf_counter(), []
-    with ThreadPoolExecutor(args.workers) as pool:
-        if not args.generate_only:
-            print(HEAD)
-        for s in pool.map(one, numbers):
-            scores.append(s)
-            made = f"{name_of(s.number)} {s.failure or f'{s.seconds:.1f} CPU-s, {s.memory:.0f} MB'}"
-            print(made if args.generate_only else row(s), flush=True)
-    print(f"{time.perf_counter() - began:.0f} s")
+    args.results = folder / f"scores_{args.stage}.json"
+    scores = scored(args, numbers, one, lambda n, why: Score(n, n % 2 == 0, failure=why), HEAD, row)
     if not args.generate_only:
         print("\n".join(summary(scores)))
-        results = folder / f"scores_{args.stage}.json"
-        results.write_text(json.dumps([asdict(s) for s in scores], indent=1) + "\n")
     return 0
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +86,43 @@ def chosen(count: int, only: str | None) -> list[int]:
         return list(range(count))
     spans = [part.split("-") for part in only.split(",")]
     return [k for span in spans for k in range(int(span[0]), int(span[-1]) + 1)]
+
+
+def scored(
+    args: argparse.Namespace,
+    numbers: list[int],
+    one: Callable[[int], Any],
+    failed: Callable[[int, str], Any],
+    head: str,
+    row: Callable[[Any], str],
+) -> list[Any]:
+    """The scores of some series, a line for each as it comes, and all of them in args.results.
+
+    Args:
+        args: workers, keep_going, generate_only and results of the command line.
+        one: makes and scores a series; failed: the score of one that failed, with the reason.
+        head, row: first line, and that of a score.
+    """  # fmt: skip
+
+    def kept(number: int) -> Any:
+        try:
+            return one(number)
+        except Exception as error:
+            if not args.keep_going:
+                raise
+            if not isinstance(error, RuntimeError):
+                traceback.print_exc()
+            return failed(number, str(error))
+
+    began, scores = time.perf_counter(), []
+    if not args.generate_only:
+        print(head)
+    with ThreadPoolExecutor(args.workers) as pool:
+        for number, score in zip(numbers, pool.map(kept, numbers), strict=True):
+            scores.append(score)
+            made = f"{number:03d} {score.failure or f'{score.seconds:.1f} CPU-s, {score.memory:.0f} MB'}"
+            print(made if args.generate_only else row(score), flush=True)
+    print(f"{time.perf_counter() - began:.0f} s")
+    if not args.generate_only:
+        args.results.write_text(json.dumps([asdict(score) for score in scores], indent=1) + "\n")
+    return scores

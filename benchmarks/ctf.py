@@ -28,16 +28,14 @@ import shutil
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import mrcfile
 import numpy as np
 import torch
-from commands import Cost, Parameters, chosen, log_uniform, program, words
+from commands import Cost, Parameters, chosen, log_uniform, program, scored, words
 
 from libemc import records
 from libemc.io.simulated import MODES, detector_stack, write_mdoc, write_truth
@@ -523,33 +521,20 @@ def simulated(args: argparse.Namespace) -> None:
 
     def one(number: int) -> Score:
         name, notes = f"{args.kind}_{number:03d}", drawn(args.seed, number, plate)
-        try:
-            notes = make(folder, name, notes)
-            if args.generate_only:
-                return Score(name, notes, seconds=notes["_seconds"], memory=notes["_memory"])
-            truth = folder / f"{name}_truth.json"
-            cost, record = estimate_simulated(folder / "runs" / name, truth, options)
-            return score(name, json.loads(truth.read_text()), record, cost, notes)
-        except Exception as error:
-            if not args.keep_going:
-                raise
-            if not isinstance(error, RuntimeError):
-                traceback.print_exc()
-            return Score(name, notes, failure=str(error))
+        notes = make(folder, name, notes)
+        if args.generate_only:
+            return Score(name, notes, seconds=notes["_seconds"], memory=notes["_memory"])
+        truth = folder / f"{name}_truth.json"
+        cost, record = estimate_simulated(folder / "runs" / name, truth, options)
+        return score(name, json.loads(truth.read_text()), record, cost, notes)
 
-    began, scores = time.perf_counter(), []
-    with ThreadPoolExecutor(args.workers) as pool:
-        if not args.generate_only:
-            print(HEAD)
-        for s in pool.map(one, chosen(args.count, args.only)):
-            scores.append(s)
-            made = f"{s.name} {s.failure or f'{s.seconds:.1f} CPU-s, {s.memory:.0f} MB'}"
-            print(made if args.generate_only else row(s), flush=True)
-    print(f"{time.perf_counter() - began:.0f} s")
+    def failed(number: int, why: str) -> Score:
+        return Score(f"{args.kind}_{number:03d}", drawn(args.seed, number, plate), failure=why)
+
+    args.results = folder / f"scores_{args.kind}.json"
+    scores = scored(args, chosen(args.count, args.only), one, failed, HEAD, row)
     if not args.generate_only:
         print("\n".join(summary(scores, plate)))
-        results = folder / f"scores_{args.kind}.json"
-        results.write_text(json.dumps([asdict(s) for s in scores], indent=1) + "\n")
 
 
 def known(args: argparse.Namespace) -> None:
