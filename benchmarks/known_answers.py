@@ -86,8 +86,9 @@ def simulated(data: Path, name: str) -> None:
     visible = torch.zeros(len(position), images.shape[0], dtype=torch.bool)
     visible[kept] = own.visible
     true = extract.Patches(position, torch.tensor(truth["particle_defocus"], dtype=torch.float64), visible)
-    stack = np.concatenate(list(extract.extract(images, true, kept, box, 1, "dark", 4 << 30)))
-    moved = subtilts.Particles.of(own.file, stack)
+    cutting = extract.Cutting(box)
+    stack = extract.PatchStack(images, true, extract.measure(images, true, cutting), cutting)
+    moved = subtilts.Particles.of(own.file, np.concatenate(list(extract.extract(stack, kept, 4 << 30))))
     print(
         f"{name}: and the true position in every tilt: {against(sum_of(average.half_maps([moved], 2 << 30)), density, mask, 3.0)}"
     )

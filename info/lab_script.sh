@@ -1,13 +1,13 @@
 #!/bin/sh
-# From raw tilt series to a subtomogram average, with the picks of another program.
+# From raw tilt series to a subtomogram average of particles that look like a known map.
 # To be run in the project's folder; TS_01.mrc, its .mdoc and its .rawtlt are in raw/.
 set -eu
 
 emc_import raw/TS_01.mrc raw/TS_02.mrc --dose 3.1
 emc_tomogram --all --align-only
 emc_tomoctf --all
-emc_tomogram --all --load --bin 8 --ctf wiener --lowpass 60        # to pick in, and to look at
-emc_import --picks picks.star --label ribo TS_01 TS_02
+emc_tomogram --all --load --bin 8 --ctf wiener --lowpass 60        # to look at
+emc_tempmatch --all --template emd_3228.mrc --label ribo           # or emc_import --picks picks.star --label ribo TS_01
 
 emc_extract --all --label ribo --set ribo --box 96 --bin 2
 emc_volume emd_3228.mrc reference.mrc --pixel-size 5.4 --box 96 --lowpass 60

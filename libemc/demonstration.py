@@ -1,4 +1,4 @@
-"""What the demonstration adds to the programs that it runs: made-up picks, and the table of what was found and what is true.
+"""What the demonstration adds to the programs that it runs: the table of what was found and what is true.
 
 Files are where the commands of `emc_demo` put them.
 """
@@ -8,26 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from libemc import comparison
-from libemc.io.files import read_json, write_text
+from libemc import comparison, records
+from libemc.io.files import read_json
 from libemc.io.truth import read_truth
 
-PICKING_ERROR = 8.0  # Å rms along each axis: what a careful picking program leaves
 RIGHT = 15.0  # degrees within which an orientation counts as found
 REACH = 60.0  # Å: a position that is farther from every true one is none of them
 HEAD = ("", "true", "true poses", "found")
 
 Row = tuple[str, ...]
-
-
-def write_picks(raw: Path, name: str, seed: int) -> None:
-    """What a picking program might find of a simulated tilt series."""
-    truth = read_truth(raw / f"{name}_truth.json")
-    xyz = truth.picks.xyz + np.random.default_rng(seed).normal(0, PICKING_ERROR, truth.picks.xyz.shape)
-    lines = ["x,y,z", *(",".join(f"{value:.1f}" for value in row) for row in xyz)]
-    write_text(raw / f"{name}_picks.csv", "\n".join(lines) + "\n")
 
 
 def alignment_row(folder: Path, name: str) -> Row:
@@ -52,19 +41,26 @@ def result_rows(folder: Path, names: Sequence[str]) -> list[Row]:
     truths = {name: folder / f"raw/{name}_truth.json" for name in names}
     picked, refined = (comparison.pose_errors(source, truths, REACH, folder) for source in ("emc", "spt_00"))
     runs = folder / "oracle", folder / "spt_00"
-    files = folder / f"raw/{names[0]}_map.mrc", folder / "mask.mrc"
-    likes = [comparison.map_agreement(run / "average.mrc", *files) for run in runs]
+    likes = [
+        comparison.map_agreement(run / "average.mrc", folder / f"raw/{names[0]}_map.mrc", folder / "mask.mrc")
+        for run in runs
+    ]
     maps = {
         "resolution of the half maps, FSC = 0.143": [f"{read_json(r / 'fsc.json')['resolution']:.1f} Å" for r in runs],
         "resolution against the true map, FSC = 0.5": [f"{like.resolution:.1f} Å" for like in likes],
         "correlation with the true map": [f"{like.correlation:.3f}" for like in likes],
         "correlation with its mirror image": [f"{like.mirrored:.3f}" for like in likes],
     }
-    all_of_them, found = len(picked.angle), int((refined.angle < RIGHT).sum())
+    _, files = records.load_particles("emc", folder)
+    count, all_of_them = sum(len(f.particles) for f in files.values()), len(picked.angle)
+    there = sum(len(read_truth(truth).picks.xyz) for truth in truths.values())
+    found = int((refined.angle < RIGHT).sum())
     return [
+        ("particles found", f"{there}", "", f"{all_of_them}, and {count - all_of_them} wrong"),
         (f"positions (picked {picked.distance.median():.1f} Å off): median error", "0 Å", "",
          f"{refined.distance.median():.1f} Å"),
-        ("orientations (none given): median error", "0°", "", f"{refined.angle.median():.1f}°"),
+        (f"orientations (picked {picked.angle.median():.1f}° off): median error", "0°", "",
+         f"{refined.angle.median():.1f}°"),
         (f"orientations within {RIGHT:g}° of the truth", f"{all_of_them}", "", f"{found} of {all_of_them}"),
         *((text, "", *cells) for text, cells in maps.items()),
         ("hand", "right", *("right" if like.right_hand else "wrong" for like in likes)),

@@ -4,6 +4,7 @@ io, records and methods together. No mathematics, no options.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,12 +22,12 @@ from libemc.io import mrc
 from libemc.io.files import read_json, write_text
 from libemc.methods import reconstruct
 from libemc.methods.average import DEFAULT_MASK, MASK_EDGE, Average, HalfMaps
+from libemc.methods.extract import PatchStack, patch_stack
 from libemc.methods.postprocess import resample
 from libemc.methods.refine import Done, Step, filtered_references
 from libemc.methods.subtilts import Particles
 from libemc.numerics import fourier
 from libemc.numerics.masks import soft_sphere
-from libemc.view import plots
 
 PIXEL_SIZE_TOLERANCE = 1e-3
 """Relative difference below which two pixel sizes are the same: headers keep six digits of a cell's length."""
@@ -37,38 +38,64 @@ SAMPLED_IMAGES = 16
 
 
 def open_particles(
-    set_or_run: str | Path, project: Path = Path(), class_number: int | None = None
+    set_or_run: str | Path, project: Path = Path(), class_numbers: tuple[int, ...] | None = None
 ) -> tuple[records.ParticleSet, list[Particles]]:
-    """A particle set or a run's particles with their stacks open (memory-mapped).
+    """A particle set or a run's particles with their stacks open (memory-mapped), or what their images are cut from.
 
     Args:
-        class_number: only the particles of this class are used; None: all that are used now.
+        class_numbers: only the particles of these classes are used; None: all that are used now.
 
     Raises:
-        InputError: there is no such set, it holds no used particles, or a stack is missing or does not fit it.
+        InputError: there is no such set, it holds no used particles, or a stack is missing or does not fit it, or there is
+            none and the raw images are missing or others.
     """
     head, files = records.load_particles(set_or_run, project)
     series = []
     for file in files.values():
-        if file.stack is None:
-            raise InputError("the particles have no stack", head.files[file.name], "cut them out with emc_extract")
-        stack = mrc.open_stack(project / file.stack)
-        want = (len(file.particles) * len(file.tilts.tilt), file.box, file.box)
-        if stack.shape != want:
-            raise InputError(
-                f"holds {stack.shape} images, its particles ask for {want}", file.stack, "extract them again"
-            )
-        if stack.pixel_size is not None and abs(stack.pixel_size / file.pixel_size - 1) > HEADER_TOLERANCE:
-            what = f"has {stack.pixel_size:g} Å/px in its header, {head.files[file.name]} says {file.pixel_size:g} Å/px"
-            raise InputError(what, file.stack, "extract them again")
-        particles = Particles.of(file, Images(stack, "extract them again"))
-        if class_number is not None:
-            chosen = torch.tensor([p.class_ == class_number for p in file.particles], dtype=torch.bool)
+        particles = Particles.of(file, _images_of(file, head.files[file.name], project))
+        if class_numbers is not None:
+            chosen = torch.tensor([p.class_ in class_numbers for p in file.particles], dtype=torch.bool)
             particles = particles.using(particles.use & chosen)
         series.append(particles)
     if not any(bool(p.use.any()) for p in series):
         raise InputError("no particles to use", set_or_run, "check the class, and which particles have use = true")
     return head, series
+
+
+def _images_of(file: records.ParticleFile, where: str, project: Path) -> Images | PatchStack:
+    """The images of a particle file: its stack, or where there is none the raw images, out of which they are cut."""
+    if file.raw is not None and (file.stack is None or not (project / file.stack).exists()):
+        return _raw_patches(file, file.raw, where, project)
+    if file.stack is None:
+        raise InputError("the particles have no stack", where, "cut them out with emc_extract")
+    stack = mrc.open_stack(project / file.stack)
+    tilts = len(file.tilts.tilt)
+    count = (1 + max(records.image_places(file), default=-1)) * tilts
+    if any(p.image is not None for p in file.particles) and stack.shape[0] % tilts == 0:
+        count = max(count, stack.shape[0])  # the stack of a selection has the images of others too
+    want = (count, file.box, file.box)
+    if stack.shape != want:
+        raise InputError(f"holds {stack.shape} images, its particles ask for {want}", file.stack, "extract them again")
+    if stack.pixel_size is not None and abs(stack.pixel_size / file.pixel_size - 1) > HEADER_TOLERANCE:
+        what = f"has {stack.pixel_size:g} Å/px in its header, {where} says {file.pixel_size:g} Å/px"
+        raise InputError(what, file.stack, "extract them again")
+    return Images(stack, "extract them again")
+
+
+def _raw_patches(file: records.ParticleFile, raw: records.RawImages, where: str, project: Path) -> PatchStack:
+    """The images of a particle file, cut out of the raw ones when they are asked for."""
+    path, remedy = project / raw.stack, "put the raw stack back, or extract the particles again"
+    if not path.exists():
+        raise InputError(f"is missing, and {where} has no other images", raw.stack, remedy)
+    stack = mrc.open_stack(path)
+    if stack.shape != raw.shape or raw_digest(stack) != raw.digest:
+        raise InputError(f"is not the stack that the particles of {where} were cut from", raw.stack, remedy)
+    return patch_stack(file, raw, stack.array.view(np.ndarray))
+
+
+def raw_digest(stack: mrc.MrcImages) -> str:
+    """SHA-256 of the middle row of every image as it is stored: of a large stack too in no time."""
+    return hashlib.sha256(stack.array[:, stack.shape[1] // 2].tobytes()).hexdigest()
 
 
 def need_halves(series: Sequence[Particles], set_or_run: str | Path) -> None:
@@ -85,7 +112,7 @@ def need_halves(series: Sequence[Particles], set_or_run: str | Path) -> None:
             some = images[:: max(1, len(images) // SAMPLED_IMAGES)]
             empty = empty and not len(images)
             for index, tilt in some.tolist():
-                image = particles.stack[np.array([index * len(particles.series.use) + tilt])]
+                image = particles.stack[particles.numbers(torch.tensor([index]), torch.tensor([tilt]))]
                 blank = blank and bool(image.max() <= image.min())
         if empty or blank:
             what = "no images" if empty else "only images with no contrast at all"
@@ -126,6 +153,7 @@ class Images:
 
     def __init__(self, stack: mrc.MrcImages, remedy: str, blank: bool = True) -> None:
         self.stack, self.remedy, self.blank = stack, remedy, blank
+        self.shape = stack.shape
 
     def __getitem__(self, number: int | NDArray[np.int64]) -> NDArray[np.float32]:
         found = np.array(self.stack.array[number], dtype=np.float32)
@@ -193,6 +221,8 @@ def write_average(
     Args:
         outputs: their checked paths by file name.
     """
+    from libemc.view import plots  # matplotlib takes half a second that only averages need
+
     volumes = {"half1.mrc": maps.half1, "half2.mrc": maps.half2, "mask.mrc": mask, "average.mrc": average.average}
     for name, volume in volumes.items():
         mrc.write_volume(outputs[name], volume.float().numpy(), pixel_size)

@@ -21,7 +21,7 @@ from libemc.numerics.symmetry import symmetry_matrices
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The program's own options."""
     options.set_or_run(parser)
-    options.class_number(parser)
+    options.class_numbers(parser)
     options.symmetry(parser, default=None)
     options.mask(parser)
     options.path(parser)
@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, run: Run) -> None:
     """Check, insert all images, write the maps."""
     inputs = [run.particles(args.set_or_run), *map(run.input, filter(None, [args.mask]))]
-    head, series = project.open_particles(args.set_or_run, class_number=args.class_number)
+    head, series = project.open_particles(args.set_or_run, class_numbers=args.class_numbers)
     symmetry = args.symmetry or head.symmetry
     symmetry_matrices(symmetry)
     mask = project.mask_or_sphere(args.mask, head.box, head.pixel_size)
@@ -41,7 +41,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
     options_used = {
         "set_or_run": str(args.set_or_run),
         "symmetry": symmetry,
-        "class": args.class_number,
+        "class": args.class_numbers,
         "mask": str(args.mask) if args.mask else None,
     }
     folder = args.path or records.next_run_directory("avg")

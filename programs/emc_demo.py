@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Run the whole chain on a small simulated data set, and compare what comes out with the truth.
 
-In the new folder DIR two tilt series are simulated, imported, aligned and reconstructed, and their particles cut out,
-averaged, refined and exported. Each command is printed before it runs, as it can be typed in DIR; DIR/commands.sh has all.
+In the new folder DIR two tilt series are simulated, imported, aligned and reconstructed, and their particles found, cut
+out, averaged, refined and exported. Each command is printed before it runs, as it can be typed in DIR; DIR/commands.sh has all.
 Last comes a table of what was found and what is true, and a list of the pictures. The truth is used where a line says
 so, and nowhere else. It takes some minutes on two cores.
 
     emc_demo                         # in ./emc_demo
-    emc_demo /tmp/look --quick       # a smaller one: one tilt series, about a minute
+    emc_demo /tmp/look --quick       # a smaller one: one tilt series, about two minutes
     emc_demo --dry-run               # only print the commands
 """
 
@@ -27,7 +27,7 @@ from libemc.errors import InputError
 from libemc.io.files import read_text, write_text
 
 SCRIPT = "commands.sh"
-FIRST_LINES = "#!/bin/sh\n# By emc_demo, which itself writes raw/*_picks.csv after the first step.\nset -e"
+FIRST_LINES = "#!/bin/sh\n# By emc_demo.\nset -e"
 """What a folder of this program's has in it, and how that begins: no other folder is ever emptied."""
 
 
@@ -63,18 +63,23 @@ STEPS = (
      "emc_tomoctf --all --overwrite"),
     ("Reconstruct again",
      "emc_tomogram --all --load --bin 2 --thickness 900 --ctf wiener --lowpass 60"),
-    ("From the truth: picks `emc`, positions moved at random, no orientations; picks `true`, as they are",
-     "emc_import --picks raw/{name}_picks.csv --label emc {name}",
+    ("From the truth: a template of the particles; in reality the map of something like them",
+     "emc_volume raw/{first}_map.mrc template.mrc --lowpass 30"),
+    ("Find the particles",
+     "emc_tempmatch --all --template template.mrc --label emc --step 24"),
+    ("From the truth: picks `true`, to compare with",
      "emc_import --picks raw/{name}_truth.json --label true {name}"),
     ("Cut the particles out of the raw images",
      "emc_extract --all --label emc --set emc --box 54",
      "emc_extract --all --label true --set true --box 54"),
+    ("Of what was found, keep what is certain and no duplicate",
+     "emc_select emc --set good --z-above 8 --distance 60"),
     ("The best that can be: the average at the true poses",
      "emc_average true --path oracle"),
     ("From the truth: a reference, without detail finer than 60 Å",
      "emc_volume raw/{first}_map.mrc reference.mrc --lowpass 60"),
     ("Find orientations and positions, from nothing but that",
-     "emc_refine emc --reference reference.mrc --startres 60 --path spt_00"),
+     "emc_refine good --reference reference.mrc --startres 60 --path spt_00"),
     ("How good is it? By itself, and against the truth",
      "emc_mask spt_00/average.mrc --lowpass 20",
      "emc_fsc spt_00/half1.mrc spt_00/half2.mrc --mask mask.mrc --output fsc",
@@ -127,9 +132,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
             run.result(f"\n== {chapters.index(text) + 1} of {len(chapters)}: {text}")
         run.result(f"$ {command}")
         execute(command, folder, run.threads)
-        if command.startswith("emc_simulate"):
-            demonstration.write_picks(folder / "raw", Path(command.split()[1]).name, run.seed)
-        elif command.startswith("emc_tomogram --all --bin"):
+        if command.startswith("emc_tomogram --all --bin"):
             rows += [demonstration.alignment_row(folder, name) for name in size.names]
         elif command == "emc_tomoctf --all":
             rows += [demonstration.defocus_row(folder, name) for name in size.names]

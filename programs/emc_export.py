@@ -32,14 +32,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The program's own options."""
     options.set_or_run(parser)
     parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
-    options.class_number(parser)
+    options.class_numbers(parser)
     options.output(parser)
 
 
 def main(args: argparse.Namespace, run: Run) -> None:
     """Check, write the images, then the table that names them."""
     run.particles(args.set_or_run)
-    head, series = project.open_particles(args.set_or_run, class_number=args.class_number)
+    head, series = project.open_particles(args.set_or_run, class_numbers=args.class_numbers)
     series = [p for p in series if len(image_table(p))]
     if not series:
         raise InputError("no image is used", head.set, "check which particles and tilts have use = true")

@@ -5,25 +5,30 @@ For each particle the patch around its projection is cut from every used tilt th
 binned by Fourier cropping, turned white and scaled to unit noise. The set's particle files keep the pose of each pick
 and its own defocus in every tilt. With --no-dose they have no doses, and nothing that is made of them is weighted by dose.
 
+With --no-stack nothing is cut now: whatever uses the set cuts the same patches out of the raw images when it needs them.
+That saves the disk, and costs time on every reading. The same happens where a set's stack has been removed.
+
     emc_extract TS_01 --label ribo --set ribo --box 64 --bin 2     # 64 pixels after binning twice
     emc_extract --all --label ribo --set ribo --box 128            # every tilt series that has such picks
     emc_extract TS_01 --label ribo --set ribo --box 64 --subtomograms
+    emc_extract TS_01 --label ribo --set ribo --box 64 --no-stack   # particle files only
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from libemc import project, records
 from libemc.cli import Program, Run, options
 from libemc.errors import InputError
 from libemc.io import mrc
 from libemc.methods import extract
-from libemc.methods.average import subtomogram
+from libemc.methods.average import subtomograms
 from libemc.methods.subtilts import Particles, TiltGeometry
 from libemc.numerics.symmetry import symmetry_matrices
 
@@ -38,6 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.symmetry(parser)
     options.no_dose(parser)
     options.subtomograms(parser)
+    parser.add_argument("--no-stack", action="store_true", help="write no images: they are cut when they are needed")
 
 
 def main(args: argparse.Namespace, run: Run) -> None:
@@ -55,35 +61,32 @@ def main(args: argparse.Namespace, run: Run) -> None:
     sources = [checked(record, args, run) for record in series]
     head = run.output(folder / "particles.json")
     # without a head, stacks in the set's folder are what a killed run left
-    targets = [run.output(folder / f"{record.name}.mrcs", owned=not head.exists()) for record in series]
+    stacks = {} if args.no_stack else {record.name: folder / f"{record.name}.mrcs" for record in series}
+    for stack in stacks.values():
+        run.output(stack, owned=not head.exists())
     count = sum(len(records.need_picks(r, args.label).xyz) * r.source.shape[0] for r in series)
     volumes = {
-        record.name: [run.output(folder / "subtomograms" / f"{record.name}_{i:06d}.mrc") for i in kept_of(patches)]
+        record.name: [run.output(folder / "subtomograms" / f"{record.name}_{i:06d}.mrc") for i in patches.kept]
         for record, (_, patches) in zip(series, sources, strict=True)
         if args.subtomograms
     }
-    size = count * args.box**2 * 2 + sum(map(len, volumes.values())) * args.box**3 * 4
-    if run.plan(f"cut {count} images of {args.box}² from {len(series)} tilt series", disk=size):
+    size = bool(stacks) * count * args.box**2 * 2 + sum(map(len, volumes.values())) * args.box**3 * 4
+    what = "cut" if stacks else "find the places of"
+    if run.plan(f"{what} {count} images of {args.box}² from {len(series)} tilt series", disk=size):
         return
     files: dict[str, records.ParticleFile] = {}
     with ExitStack() as all_or_none:  # the stacks take their names together: a set is never half old and half new
-        for record, (stack, patches), target in zip(series, sources, targets, strict=True):
-            file = extract.particle_file(
-                record, args.label, args.set_name, args.box, pixel_size, args.symmetry, patches, not args.no_dose
-            )
-            files[record.name] = file.model_copy(update={"stack": str(target)})
-            kept = kept_of(patches)
-            writer = all_or_none.enter_context(mrc.StackWriter(target, pixel_size, "float16"))
-            images = project.Images(stack, f"exclude that tilt in {records.tiltseries_path(record.name)}", blank=False)
-            for block in extract.extract(
-                images, patches, kept, args.box, args.binning, record.source.contrast, run.memory, run.progress
-            ):
-                writer.append(block)
-            lost = len(patches.visible) - len(kept)
-            seen = float(patches.visible[kept].float().sum(dim=1).mean())
+        for record, (images, patches) in zip(series, sources, strict=True):
+            file, stack = measured(record, images, patches, args, run)
+            if target := stacks.get(record.name):
+                writer = all_or_none.enter_context(mrc.StackWriter(target, pixel_size, "float16"))
+                for block in extract.extract(stack, patches.kept, run.memory, run.progress):
+                    writer.append(block)
+            files[record.name] = file.model_copy(update={"stack": target and str(target)})
+            seen = float(patches.visible[patches.kept].float().sum(dim=1).mean())
             run.result(
-                f"{record.name}: {len(kept)} particles, {seen:.1f} tilts each, {lost} in no image, "
-                f"box {args.box} at {pixel_size:g} Å"
+                f"{record.name}: {len(patches.kept)} particles, {seen:.1f} tilts each, "
+                f"{len(patches.visible) - len(patches.kept)} in no image, box {args.box} at {pixel_size:g} Å"
             )
     records.save_particles(
         folder,
@@ -92,8 +95,10 @@ def main(args: argparse.Namespace, run: Run) -> None:
         ),
         files,
     )
-    for (name, paths), target in zip(volumes.items(), targets, strict=False):  # none unless asked for
-        write_subtomograms(files[name], target, paths, run)
+    if volumes:
+        _, opened = project.open_particles(args.set_name)
+        for particles in opened:
+            write_subtomograms(particles, volumes[particles.file.name], run)
     run.log.info(f"wrote {head}")
 
 
@@ -125,16 +130,29 @@ def checked(
     return stack, located
 
 
-def kept_of(patches: extract.Patches) -> list[int]:
-    """The particles that are in some image."""
-    return torch.nonzero(patches.visible.any(dim=1))[:, 0].tolist()
+def measured(
+    record: records.TiltSeriesRecord,
+    images: mrc.MrcImages,
+    patches: extract.Patches,
+    args: argparse.Namespace,
+    run: Run,
+) -> tuple[records.ParticleFile, extract.PatchStack]:
+    """The particle file of a tilt series without its stack, and its patches, still to be cut."""
+    cutting = extract.Cutting(args.box, args.binning, record.source.contrast)
+    sound = project.Images(images, f"exclude that tilt in {records.tiltseries_path(record.name)}", blank=False)
+    levels = extract.measure(sound, patches, cutting, run.memory, run.progress)
+    stack = extract.PatchStack(images.array.view(np.ndarray), patches, levels, cutting)
+    pixel_size = record.source.pixel_size * args.binning
+    what = (args.label, args.set_name, args.box, pixel_size, args.symmetry)
+    file = extract.particle_file(record, *what, patches, not args.no_dose)
+    return file.model_copy(update={"raw": extract.raw_section(record, project.raw_digest(images), stack)}), stack
 
 
-def write_subtomograms(file: records.ParticleFile, stack: Path, paths: list[Path], run: Run) -> None:
+def write_subtomograms(particles: Particles, paths: Sequence[Path], run: Run) -> None:
     """One CTF-corrected volume a particle, in the specimen's frame."""
-    particles = Particles.of(file, mrc.open_stack(stack).array)
-    for index, path in enumerate(run.progress(paths, label="subtomograms")):
-        mrc.write_volume(path, subtomogram(particles, index).numpy(), file.pixel_size)
+    made = subtomograms(particles, range(len(paths)), run.memory)
+    for path, volume in zip(run.progress(paths, label="subtomograms"), made, strict=True):
+        mrc.write_volume(path, volume.numpy(), particles.file.pixel_size)
 
 
 program = Program(

@@ -30,7 +30,7 @@ from libemc.methods import import_series
 KINDS = {
     "stacks": {field.name for field in fields(series.Told)},
     "alignment": {"alignment"},
-    "picks": {"picks", "label", "class_number", "tomogram"},
+    "picks": {"picks", "label", "class_numbers", "tomogram"},
     "particles": {"particles", "set_name", "symmetry", "tomograms", "hand"},
 }
 """What can be imported, and the options that go with it."""
@@ -55,7 +55,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.dose(raw)
     raw.add_argument("--dose-order", metavar="O", help="order of exposure: sequential, dose-symmetric, or a file that lists "
                      "each image's place or the angles in the order of exposure")  # fmt: skip
-    raw.add_argument("--contrast", choices=("dark", "bright"), default="dark", help="of the specimen in the raw images")
+    options.contrast(raw)
     place = raw.add_mutually_exclusive_group()
     for way in ("copy", "link"):
         place.add_argument(f"--{way}", dest="place", action="store_const", const=way, default="",
@@ -64,7 +64,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     other.add_argument("--alignment", nargs="+", type=Path, metavar="F", help="alignment files, a CTF file if need be")
     other.add_argument("--picks", type=Path, metavar="F", help="file of coordinates")
     options.label(other)
-    options.class_number(other)
+    options.class_numbers(other)
     other.add_argument("--tomogram", type=Path, metavar="MAP", help="tomogram that coordinates in pixels refer to")
     options.particles(other)
     options.set_name(other)
@@ -84,7 +84,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
     given = {name for name, value in vars(args).items() if value != defaults[name]}
     foreign = given & (set().union(*KINDS.values()) - KINDS[kind])
     if foreign:
-        option = sorted(foreign)[0].removesuffix("_name").removesuffix("_number").replace("place", args.place)
+        option = sorted(foreign)[0].removesuffix("_name").removesuffix("_numbers").replace("place", args.place)
         raise InputError(f"--{option.replace('_', '-')} has no meaning for {kind}", remedy="leave it out")
     {"stacks": stacks, "particles": particles}.get(kind, sections)(args, run)
 
@@ -128,7 +128,7 @@ def sections(args: argparse.Namespace, run: Run) -> None:
     if args.alignment:
         changes = series.alignment_changes(given, paths, run.overwrite)
     else:
-        changes = series.picks_changes(given[0], paths, args.label, args.class_number, tomogram, run.overwrite)
+        changes = series.picks_changes(given[0], paths, args.label, args.class_numbers, tomogram, run.overwrite)
     if run.plan(f"import what {given[0]} says of {len(changes)} tilt series"):
         return
     for path, change in changes.items():

@@ -88,7 +88,7 @@ def check(project: Path, run: Run) -> None:
     """Read every record of a project and print a line for each.
 
     Raises:
-        InputError: after the last one, when some could not be read; or when there are none.
+        InputError: after the last one, when some could not be read or have lost their images; or when there are none.
     """
     files = history.project_records(project)
     broken = 0
@@ -96,14 +96,18 @@ def check(project: Path, run: Run) -> None:
         try:
             record = records.load(file)
             if isinstance(record, records.ParticleSet):
-                records.load_particles(file.absolute(), project)
+                _, parts = records.load_particles(file.absolute(), project)
+                for part in parts.values():
+                    images = [*filter(None, [part.stack, part.raw and part.raw.stack])]
+                    if images and not any((project / path).exists() for path in images):
+                        raise InputError(f"its images {images[0]} are missing", file, "extract them again")
             last = f", last {record.history[-1].program} {record.history[-1].state}" if record.history else ""
             run.result(f"{file}: {record.kind}{last}")
         except InputError as error:
             broken += 1
             run.result(f"{error}")
     if broken or not files:
-        what = f"{broken} of {len(files)} records can't be read" if files else "there are no records"
+        what = f"{broken} of {len(files)} records can't be used" if files else "there are no records"
         raise InputError(what, project, "each line above says what to do" if broken else "emc_import begins a project")
 
 

@@ -373,7 +373,7 @@ def test_08_density_at_r_plus_Ru(n: int) -> None:
     for half in (found.half1.numpy(), found.half2.numpy()):
         # 105 slices a half; beyond the eighth shell lies 1e-3 of the power
         assert by_hand.shell_correlation(half, blobs_map(n))[1:9].min() > 0.98
-    one = average.subtomogram(particles, 4).numpy()  # in the specimen's frame, a missing wedge of 60°
+    one = next(average.subtomograms(particles, [4])).numpy()  # in the specimen's frame, a missing wedge of 60°
     here, back = (blobs_map(n, rotation=r) for r in (pose(*angles[4]), pose(*angles[4]).T))
     assert np.corrcoef(one.ravel(), here.ravel())[0, 1] > 0.85
     assert np.corrcoef(one.ravel(), back.ravel())[0, 1] < 0.75

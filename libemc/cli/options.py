@@ -149,6 +149,11 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(number(part) for part in text.split(","))
 
 
+def integers(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    return tuple(integer(part) for part in text.split(","))
+
+
 def count_or_auto(text: str) -> int | None:
     """A whole number, 1 or more, or None for auto."""
     return None if text == "auto" else count(text)
@@ -281,6 +286,7 @@ turn = _option(
 region = _option(
     "--region", type=region_bounds, metavar="X0,X1,Y0,Y1,Z0,Z1", help="part of the tomogram, in Å from its centre"
 )
+contrast = _option("--contrast", choices=("dark", "bright"), default="dark", help="of the specimen in the images")
 deconvolve = _option(
     "--deconvolve", nargs="?", type=positive, const=1.0, metavar="STRENGTH",
     help="correct the CTF and raise contrast as Warp and IsoNet do, with this strength (1 if none is given)",
@@ -292,7 +298,9 @@ erase_beads = _option(
     "--erase-beads", action="store_true", default=False, help="replace gold beads in the images by noise first"
 )
 tag = _option("--tag", type=label_name, metavar="T", help="word added to the names of the tomograms")
-class_number = _option("--class", dest="class_number", type=integer, metavar="K", help="class to take")
+class_numbers = _option(
+    "--class", dest="class_numbers", type=integers, metavar="K", help="class to take, or several: 1,3"
+)
 iterations = _option(
     "--iterations",
     type=count_or_auto,

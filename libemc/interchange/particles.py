@@ -398,7 +398,7 @@ def relion31_table(series: Sequence[Particles], stacks: Mapping[str, Path]) -> r
 def write_used_images(particles: Particles, target: Path, progress: Callable[..., Iterator[Any]]) -> None:
     """The images of `image_table` in its order, float32 (RELION 3.1 does not read float16)."""
     table = image_table(particles)
-    numbers = (table.particle * len(particles.series.use) + table.tilt).numpy()
+    numbers = particles.numbers(table.particle, table.tilt)
     pieces = [numbers[start : start + AT_ONCE] for start in range(0, len(numbers), AT_ONCE)]
     with mrc.StackWriter(target, particles.file.pixel_size) as writer:
         for piece in progress(pieces, len(pieces), f"write {particles.file.name}"):

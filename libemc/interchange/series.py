@@ -328,25 +328,25 @@ def with_picks(record: TiltSeriesRecord, label: str, picks: records.Picks) -> Ti
 
 
 def picks_change(
-    path: Path, record: TiltSeriesRecord, label: str, class_number: int | None, tomogram: Path | None
+    path: Path, record: TiltSeriesRecord, label: str, class_numbers: tuple[int, ...] | None, tomogram: Path | None
 ) -> Change:
     """Points of one tilt series from a file of any kind.
 
     Args:
-        class_number: of a simulator's truth, only the particles of this class.
+        class_numbers: of a simulator's truth, only the particles of these classes.
         tomogram: the map that coordinates in pixels refer to; None: the record's own, where it has just one.
 
     Raises:
         InputError: not a file of points of this tilt series, none of the class, or all out of the microscope's sight.
     """
     truth = path.suffix.lower() == ".json" and is_truth(read_json(path))
-    if class_number is not None and not truth:
+    if class_numbers is not None and not truth:
         raise InputError("has no classes that --class could choose", path, "leave --class out")
     chosen = None
     if truth:
         simulated = read_truth(path)
         found = simulated.picks
-        chosen = None if class_number is None else simulated.classes == class_number
+        chosen = None if class_numbers is None else np.isin(simulated.classes, class_numbers)
     else:
         shape, pixel_size, centre, angles = _frame(record, tomogram)
         found = read_picks(path, shape=shape, pixel_size=pixel_size, name=record.name, label=label)
@@ -368,7 +368,7 @@ def picks_changes(
     given: Path,
     paths: Sequence[Path],
     label: str,
-    class_number: int | None,
+    class_numbers: tuple[int, ...] | None,
     tomogram: Path | None,
     overwrite: bool,
 ) -> dict[Path, Change]:
@@ -382,7 +382,7 @@ def picks_changes(
         record = records.load_tiltseries(path)
         if label in record.picks and not overwrite:
             raise InputError(f"has picks labelled {label}", path, "use --overwrite to replace it")
-        changes[path] = picks_change(given, record, label, class_number, tomogram)
+        changes[path] = picks_change(given, record, label, class_numbers, tomogram)
     return changes
 
 

@@ -196,13 +196,14 @@ class _Writer:
         """Convert one contiguous block, count it in the statistics and write it `offset` bytes into the pixels."""
         with np.errstate(over="ignore"):
             data = np.ascontiguousarray(block, dtype=self._dtype.newbyteorder("<"))
-        values = data.astype(np.float64)
-        if not np.isfinite(values).all():
+        values = data.astype(np.float64).reshape(-1)
+        least, most = float(values.min()), float(values.max())  # NaN where there is one
+        if not (math.isfinite(least) and math.isfinite(most)):
             raise ValueError(f"{self._replacement.path}: values that are not finite as {self._dtype}")
         self._count += values.size
         self._sum += float(values.sum())
-        self._squares += float(np.square(values).sum())
-        self._least, self._most = min(self._least, float(values.min())), max(self._most, float(values.max()))
+        self._squares += float(values @ values)
+        self._least, self._most = min(self._least, least), max(self._most, most)
         self._replacement.write(data.data, HEADER_BYTES + offset)
 
     def _write_header(self, shape: tuple[int, ...], origin: tuple[float, float, float]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from libemc.methods.postprocess import GOLD_STANDARD, Resolution, half_map_resol
 from libemc.methods.subtilts import Batch, Particles, Progress, batches_by_half, load_batch, noise_spectrum
 from libemc.numerics.slices import Accumulator, Band
 from libemc.numerics.symmetry import symmetry_matrices
+from libemc.numerics.threads import in_threads
 
 RUN_BELOW = 3
 """Consecutive shells below the threshold that end the signal."""
@@ -20,6 +22,8 @@ DEFAULT_MASK = 0.85
 """Radius of the spherical mask used when none is given, as a fraction of half the box."""
 MASK_EDGE = 5.0
 """Width of its soft edge in pixels."""
+COPIES = 3
+"""Size of all that a subtomogram takes on the way, over that of its accumulator."""
 HIGHEST_FSC = 0.999
 """Above it the signal-to-noise ratio is not known, only large."""
 
@@ -160,17 +164,30 @@ def for_filters(fsc: Tensor) -> Tensor:
     return out
 
 
-def subtomogram(particles: Particles, index: int, floor: float = 0.05) -> Tensor:
-    """One particle in the specimen's frame, corrected for CTF and dose: (n, n, n), white.
+def subtomograms(
+    particles: Particles, index: Sequence[int], memory: float = math.inf, floor: float = 0.05
+) -> Iterator[Tensor]:
+    """Particles one by one in the specimen's frame, corrected for CTF and dose: (n, n, n) each, white.
 
     Args:
-        index: place in the particle file.
+        index: places in the particle file.
+        memory: bytes to stay within: as many threads work as find room, of those that torch has.
         floor: part of each shell's mean weight that is added to the weights: a single particle's CTF zeros and missing
             wedge are left dark rather than amplified.
     """
     band = Band.of(particles.file.box)
-    batch = load_batch(particles, torch.tensor([index]), band)
-    accumulator = Accumulator(band.box)
     identity = torch.eye(3, dtype=torch.float64)[None]
-    accumulator.add(batch.centred(), batch.transfer**2, batch.matrices(identity), band, batch.magnification)
-    return accumulator.map(floor=floor)
+    free = [Accumulator(band.box)]
+    threads = max(1, int(min(torch.get_num_threads(), memory // (COPIES * free[0].sums.nbytes))))
+    free += [Accumulator(band.box) for _ in range(threads - 1)]
+
+    def one(place: int) -> Tensor:
+        accumulator = free.pop()
+        batch = load_batch(particles, torch.tensor([place]), band)
+        accumulator.clear()
+        accumulator.add(batch.centred(), batch.transfer**2, batch.matrices(identity), band, batch.magnification)
+        volume = accumulator.map(floor=floor)
+        free.append(accumulator)
+        return volume
+
+    yield from in_threads(one, index, threads)

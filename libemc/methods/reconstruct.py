@@ -11,9 +11,7 @@ Radermacher 1992). It is the same everywhere, so there are no seams. The images'
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from os import PathLike, fspath
@@ -35,6 +33,7 @@ from libemc.numerics.masks import cosine_edge
 from libemc.numerics.patches import cut_patches
 from libemc.numerics.rotations import matrix_from_euler
 from libemc.numerics.slices import Backprojection, Band
+from libemc.numerics.threads import in_threads
 from libemc.records import TiltSeriesRecord, Tomogram, need
 
 PAYLOAD = 1 / 3  # of a tile's box on each side of its centre: beyond, the kernel's replicas exceed 4 %
@@ -755,18 +754,17 @@ def reconstruct(
 
     depth, _, width = grid.shape
     kept = torch.zeros((depth, 0, width))  # rows that the next tiles add to
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for row in range(counts[1]):
-            low, high = tiling.span(1, row)
-            slab = torch.zeros((depth, high - low, width))
-            slab[:, : kept.shape[1]] = kept
-            indices = [(z, row, x) for z in range(counts[0]) for x in range(counts[2])]
-            for index, tile in zip(indices, _in_order(pool, work, indices, threads + 1), strict=True):
-                (z0, z1), (x0, x1) = tiling.span(0, index[0]), tiling.span(2, index[2])
-                slab[z0:z1, :, x0:x1] += tile
-            done = high if row + 1 == counts[1] else tiling.span(1, row + 1)[0]
-            kept = slab[:, done - low :].clone()
-            yield low, slab[:, : done - low].numpy()
+    for row in range(counts[1]):
+        low, high = tiling.span(1, row)
+        slab = torch.zeros((depth, high - low, width))
+        slab[:, : kept.shape[1]] = kept
+        indices = [(z, row, x) for z in range(counts[0]) for x in range(counts[2])]
+        for index, tile in zip(indices, in_threads(work, indices, threads), strict=True):
+            (z0, z1), (x0, x1) = tiling.span(0, index[0]), tiling.span(2, index[2])
+            slab[z0:z1, :, x0:x1] += tile
+        done = high if row + 1 == counts[1] else tiling.span(1, row + 1)[0]
+        kept = slab[:, done - low :].clone()
+        yield low, slab[:, : done - low].numpy()
 
 
 def small_tomogram(
@@ -789,19 +787,6 @@ def _stretch(geometry: TiltGeometry, tiling: Tiling, grid: Grid) -> float:
             local = geometry.around(tiling.point((z, y, x), grid))[:, :2]
             largest = max(largest, float(torch.linalg.matrix_norm(local, ord=2).max()))
     return max(1.0, largest)
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[Any], Tensor], items: Sequence[Any], ahead: int
-) -> Iterator[Tensor]:
-    """Results in the order of the items, no more than `ahead` of them waiting."""
-    waiting: deque[Future[Tensor]] = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def tomogram_entry(

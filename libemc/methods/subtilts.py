@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from libemc.numerics import ctf as ctf_model
@@ -17,7 +18,16 @@ from libemc.numerics import dose as dose_model
 from libemc.numerics import slices
 from libemc.numerics.rotations import euler_from_matrix, matrix_from_euler, tilt_matrices
 from libemc.numerics.splines import field_basis
-from libemc.records import Alignment, Ctf, Deformation, Particle, ParticleFile, ParticleTilts, TiltSeriesRecord
+from libemc.records import (
+    Alignment,
+    Ctf,
+    Deformation,
+    Particle,
+    ParticleFile,
+    ParticleTilts,
+    TiltSeriesRecord,
+    image_places,
+)
 
 LEAST_NOISE = 1e-4
 """Noise power, over the median of all rings and tilts, below which a ring is taken as empty instead of noiseless."""
@@ -218,7 +228,8 @@ class Particles:
 
     Attributes:
         file: the record they come from.
-        stack: array-like (N·T, box, box), white, image number particle·T + tilt.
+        stack: array-like (images, box, box), white; `numbers` says which image is whose.
+        place: (N,) int64, of each particle's images in the stack, counted in particles.
         rotation: (N, 3, 3) particle to specimen frame.
         xyz, centre: (N, 3) Å; present position, and where the patches are centred.
         defocus: (N, T) Å at `centre`, NaN where not known (no CTF is applied there).
@@ -230,6 +241,7 @@ class Particles:
     file: ParticleFile
     series: SeriesModel
     stack: Stack
+    place: Tensor
     rotation: Tensor
     xyz: Tensor
     centre: Tensor
@@ -249,6 +261,7 @@ class Particles:
             file=file,
             series=series,
             stack=stack,
+            place=torch.tensor(image_places(file), dtype=torch.long),
             rotation=matrix_from_euler(
                 *(torch.tensor([getattr(p, a) for p in ps], dtype=torch.float64) for a in ("rot", "tilt", "psi"))
             ),
@@ -264,6 +277,10 @@ class Particles:
 
     def __len__(self) -> int:
         return len(self.rotation)
+
+    def numbers(self, index: Tensor, tilt: Tensor) -> NDArray[np.int64]:
+        """Image numbers (B,) in the stack of particles (B,), by place in the file, in tilts (B,)."""
+        return (self.place[index] * len(self.series.use) + tilt).numpy()
 
     def moved(self, rotation: Tensor, xyz: Tensor, score: Tensor) -> Particles:
         """The same particles at other poses."""
@@ -357,8 +374,8 @@ def dose_filter(series: SeriesModel, band: slices.Band, pixel_size: float) -> Te
 def _read_images(particles: Particles, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Used, visible images of particles (P,): (B, box, box) float32, and which particle (B,) and tilt (B,) each is."""
     owner, tilt = torch.nonzero(particles.visible[index] & particles.series.use, as_tuple=True)
-    number = index[owner] * len(particles.series.use) + tilt
-    return torch.from_numpy(np.asarray(particles.stack[number.numpy()], dtype=np.float32)), owner, tilt
+    numbers = particles.numbers(index[owner], tilt)
+    return torch.from_numpy(np.asarray(particles.stack[numbers], dtype=np.float32)), owner, tilt
 
 
 def load_batch(particles: Particles, index: Tensor, band: slices.Band, noise: Tensor | None = None) -> Batch:

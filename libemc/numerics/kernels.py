@@ -38,6 +38,7 @@ APART = 6.0  # voxels: points whose radii differ by this share no tap (3 in y an
 LEAST_SHARE = 256  # coefficients that a thread is worth starting for
 LEAST_WORK = 100_000  # coefficients of all images together below which one thread does it
 BLOCK = 16  # coefficients located (and fetched ahead) together
+LEAST_WEIGHT = float(np.finfo(np.float32).tiny)  # nothing has been added where there is no more than this
 SWEEP = 512  # coefficients that all images go through before the next: in ring order, one shell stays in cache
 
 
@@ -371,6 +372,55 @@ def _scatter_weighted(volume, half, points, rows, c, values, weights, begin, end
                     _rows_add(volume, 4 * base[j], 4 * row, 4 * plane, x, y, z, v)
 
 
+@_jit
+def _shell_sums(volume, half, shells, sums, counts):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Add up the weights of a flat (re, im, weight, 0) volume by shell, Friedel mates included; `shells` by z² + y² + x²."""
+    row = half + 4
+    end = len(shells)
+    for z in range(-half, half + 1):
+        for y in range(-half, half + 1):
+            base = ((z + half) * (2 * half + 1) + y + half) * row + HALO
+            mate = ((half - z) * (2 * half + 1) + half - y) * row + HALO
+            for x in range(half + 2):
+                r2 = z * z + y * y + x * x
+                if r2 >= end:
+                    break
+                weight = volume[4 * (base + x) + 2]
+                if x < 2:
+                    weight += volume[4 * (mate - x) + 2]
+                sums[shells[r2]] += weight
+                counts[shells[r2]] += 1
+
+
+@_jit
+def _quotient(volume, half, constants, n, out):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Values over weights of a flat (re, im, weight, 0) volume into a flat (re, im) rfft layout of n³.
+
+    `constants` are added to the weights, by z² + y² + x²; beyond them the answer is left zero.
+    """
+    row = half + 4
+    reach = min(half, (n - 1) // 2)
+    end = len(constants)
+    for z in range(-reach, reach + 1):
+        for y in range(-reach, reach + 1):
+            base = ((z + half) * (2 * half + 1) + y + half) * row + HALO
+            mate = ((half - z) * (2 * half + 1) + half - y) * row + HALO
+            to = ((z % n) * n + y % n) * (n // 2 + 1)
+            for x in range(reach + 1):
+                r2 = z * z + y * y + x * x
+                if r2 >= end:
+                    break
+                re, im, weight = volume[4 * (base + x)], volume[4 * (base + x) + 1], volume[4 * (base + x) + 2]
+                if x < 2:
+                    re += volume[4 * (mate - x)]
+                    im -= volume[4 * (mate - x) + 1]
+                    weight += volume[4 * (mate - x) + 2]
+                weight += constants[r2]
+                if weight > LEAST_WEIGHT:
+                    out[2 * (to + x)] = re / weight
+                    out[2 * (to + x) + 1] = im / weight
+
+
 # ------------------------------------------------------------------------------------------------ portable torch
 def _torch_taps(
     half: int, points: Tensor, matrices: Tensor, slope: bool
@@ -439,6 +489,49 @@ def torch_scatter(volume: Tensor, half: int, points: Tensor, matrices: Tensor, v
     for z, y, x, offset in _torch_offsets(half):
         w = (wz[z] * wy[y] * wx[x])[..., None]
         flat.index_add_(0, (base + offset).reshape(-1), (channels * w).reshape(-1, channels.shape[-1]))
+
+
+def folded(volume: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (complex) and weights (real) of a (..., 4) volume with Friedel mates added, from x = 0: (2h+1, 2h+1, h+2)."""
+    value = torch.view_as_complex(volume[..., :2].contiguous())
+    weight = volume[..., 2]
+    numerator, total = value[:, :, HALO:].clone(), weight[:, :, HALO:].clone()
+    # a slice's mate reaches x = 0 and x = 1 only: from x = 0 and from the halo column x = -1
+    numerator[:, :, :2] += value[:, :, [HALO, HALO - 1]].flip(0, 1).conj()
+    total[:, :, :2] += weight[:, :, [HALO, HALO - 1]].flip(0, 1)
+    return numerator, total
+
+
+def _torch_radii(half: int, scale: float, device: torch.device) -> Tensor:
+    """|k| over `scale` in the layout of `folded`, float64."""
+    line = torch.arange(-half, half + 1, device=device, dtype=torch.float64)
+    x = torch.arange(0, half + 2, device=device, dtype=torch.float64)
+    return (line[:, None, None] ** 2 + line[None, :, None] ** 2 + x**2).sqrt() / scale
+
+
+def torch_shell_means(volume: Tensor, half: int, scale: float, last: int) -> Tensor:
+    """`shell_means` in portable torch."""
+    shell = _torch_radii(half, scale, volume.device).round().long().clamp_max(last + 1).reshape(-1)
+    weights = folded(volume)[1].reshape(-1).double()
+    sums = torch.zeros(last + 2, dtype=torch.float64, device=volume.device).index_add_(0, shell, weights)
+    counts = torch.bincount(shell, minlength=last + 2).double()
+    return (sums / counts.clamp_min(1))[:-1]
+
+
+def torch_quotient(volume: Tensor, half: int, scale: float, radius: float, constants: Tensor, n: int) -> Tensor:
+    """`quotient` in portable torch."""
+    numerator, total = folded(volume)
+    radii = _torch_radii(half, scale, volume.device)
+    denominator = total + constants[radii.round().long().clamp_max(len(constants) - 1)].to(total.dtype)
+    inside = (radii < radius) & (denominator > LEAST_WEIGHT)
+    zero = torch.zeros((), dtype=numerator.dtype, device=volume.device)
+    ratio = torch.where(inside, numerator / denominator.clamp_min(LEAST_WEIGHT), zero)
+    reach = min(half, (n - 1) // 2)
+    line = torch.arange(-reach, reach + 1, device=volume.device) % n
+    out = torch.zeros((n, n, n // 2 + 1), dtype=numerator.dtype, device=volume.device)
+    middle = slice(half - reach, half + reach + 1)
+    out[line[:, None], line[None, :], : reach + 1] = ratio[middle, middle, : reach + 1]
+    return out
 
 
 # ------------------------------------------------------------------------------------------------ one front door
@@ -551,3 +644,39 @@ def scatter_weighted(
     v = torch.view_as_real(values.contiguous()).reshape(len(matrices), 2 * points.shape[1]).numpy()
     w, c, flat = weights.contiguous().numpy(), _constants(matrices.dtype), volume.reshape(-1).numpy()
     _add_in_rings(lambda first, last: _scatter_weighted(flat, half, k, r, c, v, w, first, last), k, r)
+
+
+def _radii(half: int, scale: float) -> np.ndarray[Any, Any]:
+    """Distance from the origin in units of `scale`, by its square in voxels, for all voxels of a haloed half volume."""
+    return np.sqrt(np.arange(3 * (half + 2) ** 2, dtype=np.float64)) / scale
+
+
+def shell_means(volume: Tensor, half: int, scale: float, last: int) -> Tensor:
+    """Mean weight of a (*volume_shape(half), 4) volume in shells of `scale` voxels, mates included: (last+1,) float64."""
+    if volume.device.type != "cpu":
+        return torch_shell_means(volume, half, scale, last)
+    sums, counts = np.zeros(last + 1), np.zeros(last + 1, np.int64)
+    shells = np.rint(_radii(half, scale)).astype(np.int32)
+    _shell_sums(volume.reshape(-1).numpy(), half, shells[shells <= last], sums, counts)
+    return torch.from_numpy(sums / np.maximum(counts, 1))
+
+
+def quotient(volume: Tensor, half: int, scale: float, radius: float, constants: Tensor, n: int) -> Tensor:
+    """Values over weights plus a constant of each shell, mates included, in the rfft layout of a cube of n voxels.
+
+    Args:
+        volume: (*volume_shape(half), 4) real.
+        scale: voxels of the volume that a shell is wide; radius: in shells, from which on the answer is zero.
+        constants: (S,) float64; beyond the last shell its constant holds.
+
+    Returns:
+        (n, n, n//2+1) complex.
+    """
+    if volume.device.type != "cpu":
+        return torch_quotient(volume, half, scale, radius, constants, n)
+    out = zeros((n, n, n // 2 + 1, 2), volume.dtype)
+    radii = _radii(half, scale)
+    shells = np.rint(radii[radii < radius]).astype(np.int64).clip(max=len(constants) - 1)
+    by_radius = constants.to(volume.dtype).numpy()[shells]
+    _quotient(volume.reshape(-1).numpy(), half, by_radius, n, out.reshape(-1).numpy())
+    return torch.view_as_complex(out)

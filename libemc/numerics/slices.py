@@ -319,33 +319,13 @@ class Accumulator:
             raise ValueError("accumulators of different geometry cannot be added")
         self.sums += other.sums
 
+    def clear(self) -> None:
+        """Empty it for other data, which takes less time than a new one."""
+        self.sums.zero_()
+
     def folded(self) -> tuple[Tensor, Tensor]:
         """Numerator (complex) and weight (real) with Friedel mates added, haloed layout from x = 0: (2h+1, 2h+1, h+2)."""
-        h = kernels.HALO
-        value = torch.view_as_complex(self.sums[..., :2].contiguous())
-        weight = self.sums[..., 2]
-        numerator, total = value[:, :, h:].clone(), weight[:, :, h:].clone()
-        # a slice's mate reaches x = 0 and x = 1 only: from x = 0 and from the halo column x = -1
-        numerator[:, :, :2] += value[:, :, [h, h - 1]].flip(0, 1).conj()
-        total[:, :, :2] += weight[:, :, [h, h - 1]].flip(0, 1)
-        return numerator, total
-
-    def radii(self) -> Tensor:
-        """|k| in unpadded Fourier pixels of the folded layout, float64."""
-        line = torch.arange(-self.half, self.half + 1, device=self.sums.device, dtype=torch.float64)
-        x = torch.arange(0, self.half + 2, device=self.sums.device, dtype=torch.float64)
-        r2 = line[:, None, None] ** 2 + line[None, :, None] ** 2 + x**2
-        return r2.sqrt() / self.scale
-
-    def _shell_means(self, total: Tensor, radii: Tensor) -> Tensor:
-        """Mean weight in each shell of one unpadded Fourier pixel, (box//2+1,) float64."""
-        shell = radii.round().long().clamp_max(self.box // 2 + 1).reshape(-1)
-        size = self.box // 2 + 2
-        sums = torch.zeros(size, dtype=torch.float64, device=total.device).index_add_(
-            0, shell, total.reshape(-1).double()
-        )
-        counts = torch.bincount(shell, minlength=size).double()
-        return (sums / counts.clamp_min(1))[: self.box // 2 + 1]
+        return kernels.folded(self.sums)
 
     def map(self, signal_to_noise: Tensor | None = None, floor: float = 1e-3) -> Tensor:
         """The Wiener-normalised map: sum of values over sum of weights, regularised.
@@ -358,29 +338,25 @@ class Accumulator:
         Returns:
             (n, n, n) real.
         """
-        numerator, total = self.folded()
-        radii = self.radii()
-        means = self._shell_means(total, radii)
+        means = kernels.shell_means(self.sums, self.half, self.scale, self.box // 2)
         constant = floor * means
         if signal_to_noise is not None:
             constant = constant + means / signal_to_noise.to(means).clamp_min(1e-3)
-        shell = radii.round().long().clamp_max(self.box // 2)
-        denominator = total + constant[shell].to(total.dtype)
-        tiny = torch.finfo(total.dtype).tiny
-        inside = (radii < self.radius) & (denominator > tiny)
-        ratio = torch.where(inside, numerator / denominator.clamp_min(tiny), torch.zeros((), dtype=numerator.dtype))
-        return self._to_map(ratio)
-
-    def _to_map(self, folded: Tensor) -> Tensor:
-        """Folded haloed layout -> real map: wrap into the rfft layout, transform, crop, divide by the envelope."""
-        n, reach = self.padded, min(self.half, (self.padded - 1) // 2)
-        line = torch.arange(-reach, reach + 1, device=folded.device)
-        spectrum = torch.zeros((n, n, n // 2 + 1), dtype=folded.dtype, device=folded.device)
-        cut = folded[self.half - reach : self.half + reach + 1, self.half - reach : self.half + reach + 1, : reach + 1]
-        z, y = line % n, line % n
-        spectrum[z[:, None], y[None, :], : reach + 1] = cut
-        real = fourier.centre_crop(fourier.irfftn_centred(spectrum, (n, n, n)), (self.box,) * 3)
+        spectrum = kernels.quotient(self.sums, self.half, self.scale, self.radius, constant, self.padded)
+        real = fourier.irfftn_middle(spectrum, self.padded, (self.box,) * 3)
         return real / envelope(self.box, self.padded).to(real)
+
+    def point_spread(self) -> Tensor:
+        """(n, n, n) real: the sum of the weights' plane waves, Σ w cos(2π k·r / n), n of the box: what the adjoint of the forward
+        model makes of the forward model of a point at the origin."""
+        _, total = self.folded()
+        n, reach = self.padded, min(self.half, (self.padded - 1) // 2)
+        line = torch.arange(-reach, reach + 1, device=total.device) % n
+        spectrum = torch.zeros((n, n, n // 2 + 1), dtype=torch.complex64, device=total.device)
+        middle = slice(self.half - reach, self.half + reach + 1)
+        spectrum[line[:, None], line, : reach + 1] = total[middle, middle, : reach + 1].to(spectrum.dtype)
+        real = fourier.irfftn_middle(spectrum, n, (self.box,) * 3)
+        return real / envelope(self.box, n).to(real) * float(n) ** 3
 
 
 def project(density: Tensor, matrices: Tensor, radius: float | None = None) -> Tensor:
@@ -411,7 +387,6 @@ class Backprojection:
         gain = [1 / torch.from_numpy(kernels.kernel_envelope((np.arange(n) - n // 2) / box)) for n in keep]
         self._gain_zy = (gain[0][:, None, None] * gain[1][:, None] * box).float().to(device)
         self._gain_x = gain[2].float().to(device)
-        self._ends = [((slice(n // 2), slice(box - n // 2, box)), (slice(n // 2, n), slice(n - n // 2))) for n in keep]
 
     def __call__(self, values: Tensor, matrices: Tensor, band: Band, magnification: Tensor | None = None) -> Tensor:
         """Back-project.
@@ -429,15 +404,7 @@ class Backprojection:
         values = values * (band.multiplicity / 2).to(values.real.dtype)  # as in `Accumulator.add`
         kernels.scatter(self._sums, self._half, band.points(), scaled, values)
         self._fold()
-        # Each axis is cut, to the ends of its circle, before the next is transformed.
-        out = torch.empty(self.keep, device=values.device)
-        columns = torch.fft.ifft(self._spectrum, dim=0)
-        for z_to, z_from in self._ends[0]:
-            planes = torch.fft.ifft(columns[z_from], dim=1)
-            for y_to, y_from in self._ends[1]:
-                lines = torch.fft.irfft(planes[:, y_from], n=self.box, dim=2)
-                for x_to, x_from in self._ends[2]:
-                    out[z_to, y_to, x_to] = lines[:, :, x_from]
+        out = fourier.irfftn_middle(self._spectrum, self.box, self.keep)
         return out.mul_(self._gain_zy).mul_(self._gain_x)
 
     def _fold(self) -> None:

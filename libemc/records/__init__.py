@@ -17,6 +17,7 @@ from libemc.records.models import (
     ParticleSet,
     ParticleTilts,
     Picks,
+    RawImages,
     Record,
     Run,
     Source,
@@ -25,7 +26,7 @@ from libemc.records.models import (
     TiltSeriesRecord,
     Tomogram,
 )
-from libemc.records.particles import half_of, load_particles, particles_path, save_particles
+from libemc.records.particles import half_of, image_places, load_particles, particles_path, save_particles
 from libemc.records.runs import fingerprint, next_run_directory
 from libemc.records.store import finish, load, save_new, update
 from libemc.records.text import dumps, parse
@@ -44,6 +45,7 @@ __all__ = [
     "ParticleSet",
     "ParticleTilts",
     "Picks",
+    "RawImages",
     "Record",
     "Run",
     "Source",
@@ -56,6 +58,7 @@ __all__ = [
     "fingerprint",
     "finish",
     "half_of",
+    "image_places",
     "load",
     "load_particles",
     "load_tiltseries",

@@ -261,6 +261,10 @@ class Picks(Section):
     tilt: Numbers | None = None
     psi: Numbers | None = None
     score: Scores | None = None
+    z: Scores | None = None
+    """The score in standard deviations of what no particle scores."""
+    margin: Scores | None = None
+    """How much better than the next best label's the score is."""
     source: str | None = None
     """The program or the file that they come from."""
     parameters: Free | None = None
@@ -338,9 +342,43 @@ class Subtilt(Section):
     score: Scores
 
 
+class RawImages(Section):
+    """The raw stack and the geometry that the patches were cut with: what cutting the same ones again takes."""
+
+    stack: Name
+    """Path from the project directory."""
+    digest: Name
+    """SHA-256 of the middle row of every image as it is stored: whether the stack is still the same."""
+    shape: Shape
+    """Tilts, rows, columns."""
+    pixel_size: PositiveFloat
+    binning: PositiveInt
+    contrast: Literal["dark", "bright"]
+    mean: Numbers
+    """What a patch is filled with beyond the edge of its image, per tilt."""
+    noise: Numbers
+    """Standard deviation of the background, by which patches are divided, per tilt."""
+    axis: Numbers
+    """The alignment at extraction, by which a particle's `centre` is in the middle of its patches."""
+    tilt: Numbers
+    xtilt: Numbers
+    shift_x: Numbers
+    shift_y: Numbers
+    magnification: Numbers | None = None
+    deformation: Deformation | None = None
+
+    @model_validator(mode="after")
+    def _lengths(self) -> RawImages:
+        lists = [(key, value) for key, value in self if key != "shape"]
+        if self.deformation is not None:
+            lists += [(f"deformation.{key}", getattr(self.deformation, key)) for key in ("dx", "dy")]
+        _check_lengths(lists, self.shape[0], "images in shape", "write one entry for each image of the raw stack")
+        return self
+
+
 PER_TILT = ("defocus", "astigmatism", "astigmatism_angle", "phase_shift", "visible")
 """A particle's own lists with one entry per tilt."""
-OPTIONAL = ("astigmatism", "astigmatism_angle", "phase_shift", "subtilt")
+OPTIONAL = ("z", "image", "astigmatism", "astigmatism_angle", "phase_shift", "subtilt")
 """What a particle's line leaves out while it is null."""
 
 
@@ -360,11 +398,15 @@ class Particle(Section):
     """By id; never changes."""
     class_: int = 0
     score: float | None = None
+    z: float | None = None
+    """The z-value of its pick; absent where the pick has none."""
     use: bool = True
     reason: str | None = None
     """Why it is not used."""
     parent: str | None = None
     """The id in the parent set, where it is another."""
+    image: NonNegativeInt | None = None
+    """Place of its images in the stack, from 0; absent: its place in this file."""
     defocus: Numbers | None = None
     """(U+V)/2 at `centre`, per tilt; null when not known."""
     astigmatism: Numbers | None = None
@@ -380,6 +422,8 @@ class Particle(Section):
 class ParticleFile(Record):
     """`particles/<set>/<name>.json`: the particles of one tilt series, one to a line, and what they all share."""
 
+    left_out_when_empty = frozenset({"raw"})
+
     kind: Literal["particles"] = "particles"
     schema_: Literal[1] = 1
     set: Name
@@ -392,7 +436,9 @@ class ParticleFile(Record):
     stack: str | None = None
     """Path from the project directory of the extracted patches."""
     stack_order: Literal["particle*tilts+tilt"] = "particle*tilts+tilt"
-    """Image number of a particle (place in this file, from 0) and a tilt."""
+    """Image number of a particle (its `image`, else its place in this file, from 0) and a tilt."""
+    raw: RawImages | None = None
+    """What patches are cut from where there is no stack; absent: they come from elsewhere."""
     ctf_premultiplied: bool = False
     contrast: Literal["white"] = "white"
     parent: str | None = None
@@ -409,6 +455,8 @@ class ParticleFile(Record):
     def _lengths(self) -> ParticleFile:
         count, remedy = len(self.tilts.tilt), "write one entry for each tilt"
         _check_lengths(((f"tilts.{key}", value) for key, value in self.tilts), count, "tilts", remedy)
+        if self.raw is not None:
+            _check_lengths([("raw.mean", self.raw.mean)], count, "tilts", remedy)
         ids: set[str] = set()
         for index, particle in enumerate(self.particles):
             own = ((key, getattr(particle, key)) for key in PER_TILT)

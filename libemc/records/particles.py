@@ -34,6 +34,11 @@ def half_of(particle_id: str) -> Literal[1, 2]:
     return 1 if (number + coin) % 2 else 2
 
 
+def image_places(file: ParticleFile) -> tuple[int, ...]:
+    """The place of each particle's images in the stack, counted in particles: (N,)."""
+    return tuple(place if p.image is None else p.image for place, p in enumerate(file.particles))
+
+
 def particles_path(set_or_run: str | PathLike[str], project: str | PathLike[str] = ".") -> Path:
     """The `particles.json` meant by a set's name, a set's or a run's directory, or its own path.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from numpy.typing import ArrayLike, NDArray
 
 from libemc.replacement import write_bytes
@@ -159,16 +160,17 @@ def central_slices_plot(
     for axes, (name, image) in zip(figure.subplots(1, 3, width_ratios=widths), slices.items(), strict=True):
         axes.imshow(image, cmap="gray", vmin=low, vmax=high, origin="lower", interpolation="nearest")
         axes.set(xlabel=name[0], ylabel=name[1], xticks=[], yticks=[])
-    _scale_bar(figure.axes[0], volume.shape[2], pixel_size)
+    scale_bar(figure.axes[0], volume.shape[2], pixel_size)
     figure.suptitle(title)
     save(figure, path)
 
 
-def _scale_bar(axes: Axes, width: int, pixel_size: float) -> None:
+def scale_bar(axes: Axes, width: int, pixel_size: float) -> None:
     """A white bar of a round length, about a quarter of the picture, with its length in Å."""
     wanted = 0.25 * width * pixel_size
     power = 10.0 ** np.floor(np.log10(wanted))
     length = max(step * power for step in (1, 2, 5) if step * power <= wanted)
     start, level = 0.05 * width, 0.05 * axes.get_ylim()[1]
     axes.plot([start, start + length / pixel_size], [level, level], color="white", linewidth=3, solid_capstyle="butt")
-    axes.text(start, level * 1.6, f"{length:g} Å", color="white", fontsize=8, va="bottom")
+    seen = [withStroke(linewidth=1.5, foreground="black")]
+    axes.text(start, level * 1.6, f"{length:g} Å", color="white", fontsize=8, va="bottom", path_effects=seen)

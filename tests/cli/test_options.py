@@ -47,6 +47,7 @@ def test_memory_sizes(text: str, size: int) -> None:
         (options.integer, "1.5"), (options.count, "0"), (options.seed_number, str(2**32)), (options.box_size, "7"),
         (options.label_name, "a/b"), (options.label_name, ".hidden"), (options.label_name, ""),
         (options.label_name, "-x"),
+        (options.integers, "1,2.5"),
         (options.numbers, "1,,2"), (options.region_bounds, "0,1,0,1,0"), (options.region_bounds, "1,0,0,1,0,1"),
         (options.three_angles, "10,20"), (options.three_angles, "1,2,3,4"), (options.three_angles, "a,b,c"),
     ],

@@ -9,6 +9,7 @@ import torch
 
 from libemc.errors import InputError
 from libemc.methods import average, subtilts
+from libemc.numerics import fourier, slices
 from libemc.numerics.fsc import fourier_shell_correlation
 from libemc.numerics.masks import soft_sphere
 from libemc.numerics.slices import Band
@@ -74,6 +75,46 @@ def test_wiener_filter_follows_the_fsc() -> None:
     assert 4 <= top < 14
     # 0.1: standard error of a shell's FSC with a few hundred coefficients
     assert abs(against[2:top] - promised[2:top]).mean() < 0.1
+
+
+@pytest.mark.parametrize("box", [24, 25])
+def test_subtomograms_are_what_they_are_made_of(box: int) -> None:
+    """Every image inserted into a volume of its own and added up in float64, divided, transformed whole and cropped.
+
+    1e-4 of the largest voxel: sums of float32 against float64.
+    """
+    particles = particle_set(blobs(box), 5, 5.0, noise=2.0)
+    found = list(average.subtomograms(particles, [3, 1]))
+    scarce = list(average.subtomograms(particles, [3, 1], memory=1))
+    band = Band.of(box)
+    for volume, again, place in zip(found, scarce, (3, 1), strict=True):
+        assert torch.equal(volume, again)
+        batch = subtilts.load_batch(particles, torch.tensor([place]), band)
+        whole = average.Accumulator(box, dtype=torch.float64)
+        for j in range(len(batch.values)):
+            one = average.Accumulator(box, dtype=torch.float64)
+            values = (batch.values * slices.shift_phases(-batch.shift, band))[j : j + 1]
+            one.add(
+                values,
+                batch.transfer[j : j + 1] ** 2,
+                batch.tilt_matrices[j : j + 1],
+                band,
+                batch.magnification[j : j + 1],
+            )
+            whole.merge(one)
+        values, weights = whole.folded()
+        line = torch.arange(-whole.half, whole.half + 1).double()
+        radii = (line[:, None, None] ** 2 + line[:, None] ** 2 + torch.arange(whole.half + 2) ** 2).sqrt() / whole.scale
+        shells = radii.round().long().clamp_max(box // 2)
+        constant = torch.stack([weights[radii.round() == s].mean() for s in range(box // 2 + 1)]) * 0.05
+        ratio = torch.where(radii < box / 2, values / (weights + constant[shells]), 0)
+        n, reach = whole.padded, (whole.padded - 1) // 2
+        spectrum = torch.zeros((n, n, n // 2 + 1), dtype=torch.complex128)
+        index = torch.arange(-reach, reach + 1)
+        middle = index + whole.half
+        spectrum[(index % n)[:, None], index % n, : reach + 1] = ratio[middle[:, None], middle, : reach + 1]
+        want = fourier.centre_crop(fourier.irfftn_centred(spectrum, (n,) * 3), (box,) * 3) / slices.envelope(box, n)
+        assert (volume - want).abs().max() < 1e-4 * want.abs().max()
 
 
 def test_half_without_images_is_an_error() -> None:

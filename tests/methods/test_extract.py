@@ -9,7 +9,18 @@ import torch
 from libemc.methods import extract
 from libemc.methods.subtilts import Particles, TiltGeometry, dose_filter
 from libemc.numerics.slices import Band
-from libemc.records import Alignment, Ctf, Deformation, Picks, Source, Tilts, TiltSeriesRecord
+from libemc.records import (
+    Alignment,
+    Ctf,
+    Deformation,
+    ParticleFile,
+    Picks,
+    Source,
+    Tilts,
+    TiltSeriesRecord,
+    dumps,
+    parse,
+)
 
 
 def gaussian_image(shape: tuple[int, int], x: float, y: float, sigma: float = 2.5) -> np.ndarray:
@@ -81,7 +92,9 @@ def test_tilts_that_do_not_see_a_particle() -> None:
     assert found.visible.tolist() == [[True, False, True], [True, False, False]]
     assert torch.isnan(found.defocus).all()
     images = np.random.default_rng(0).normal(size=(3, 100, 100)).astype(np.float32)
-    blocks = list(extract.extract(images, found, [0, 1], 20, 1, "dark", memory=1))
+    cutting = extract.Cutting(20)
+    patches = extract.PatchStack(images, found, extract.measure(images, found, cutting), cutting)
+    blocks = list(extract.extract(patches, [0, 1], memory=1))
     assert len(blocks) == 2  # as little memory as there can be: one particle a block
     stack = np.concatenate(blocks)
     assert stack.shape == (6, 20, 20) and stack.dtype == np.float16
@@ -107,3 +120,79 @@ def test_doses_are_the_records_or_none() -> None:
         found = dose_filter(series, band, 2.0)[:, at]
         critical = 0.245 * 0.1**-1.665 + 2.81
         np.testing.assert_allclose(found, np.exp(-np.array(expected) / (2 * critical)), rtol=1e-5)
+
+
+def noisy_series(contrast: str, raw_box: int) -> tuple[TiltSeriesRecord, np.ndarray, TiltGeometry, extract.Patches]:
+    """Five tilts, the second unused, magnified and deformed; of 30 points some at the edges, one out of the field."""
+    rng = np.random.default_rng(5)
+    zeros = (0.0,) * 5
+    field = Deformation(
+        rows=2, columns=3, field=(300.0, 280.0), dx=tuple(tuple(r) for r in rng.normal(0, 4, (5, 6)).tolist()),
+        dy=tuple(tuple(r) for r in rng.normal(0, 4, (5, 6)).tolist()),
+    )  # fmt: skip
+    alignment = Alignment(
+        axis=(84.3,) * 5, tilt=(-40.0, -20.0, 0.0, 20.0, 40.0), xtilt=(1.5,) * 5, shift_x=(3.0, 0.0, -7.7, 11.0, 2.2),
+        shift_y=(0.0, 1.0, 5.5, -3.3, 8.1), magnification=(0.99, 1.0, 1.0, 1.005, 1.01), deformation=field,
+        thickness=500.0,
+    )  # fmt: skip
+    xyz = (rng.uniform(-0.5, 0.5, (30, 3)) * (290, 270, 80)).tolist()
+    picks = Picks(xyz=tuple(tuple(p) for p in [*xyz[:20], (900.0, 0.0, 0.0), *xyz[20:]]))
+    source = Source(
+        stack="s.mrc",
+        shape=(5, 140, 151),
+        pixel_size=2.0,
+        voltage=300.0,
+        cs=2.7,
+        amplitude_contrast=0.07,
+        contrast=contrast,
+    )
+    tilts = Tilts(nominal=zeros, use=(True, False, True, True, True))
+    record = TiltSeriesRecord(name="s", source=source, tilts=tilts, alignment=alignment, picks={"p": picks})
+    images = rng.normal(50, 9, source.shape).astype(np.float32).astype(np.int16)
+    geometry = TiltGeometry.of(alignment, tilts.use)
+    return record, images, geometry, extract.locate(picks.xyz, geometry, None, source.shape[1:], 2.0, raw_box)
+
+
+@pytest.mark.parametrize("contrast", ["dark", "bright"])
+@pytest.mark.parametrize(("box", "binning"), [(24, 1), (25, 1), (12, 2), (9, 3)])
+def test_patches_are_the_same_whenever_they_are_cut(contrast: str, box: int, binning: int) -> None:
+    """Bit for bit: in blocks of one particle or of many, with two threads, and out of the written record in any order."""
+    record, images, _, patches = noisy_series(contrast, box * binning)
+    cutting = extract.Cutting(box, binning, contrast)
+    stack = extract.PatchStack(images, patches, extract.measure(images, patches, cutting), cutting)
+    kept = torch.nonzero(patches.visible.any(dim=1))[:, 0].tolist()
+    assert 20 not in kept and 20 < len(kept) <= 30 and not patches.visible[kept][:, [0, 2, 3, 4]].all()
+    written = np.concatenate(list(extract.extract(stack, kept, 1 << 30)))
+    assert np.array_equal(written, np.concatenate(list(extract.extract(stack, kept, 1))))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert np.array_equal(written, np.concatenate(list(extract.extract(stack, kept, 1 << 30))))
+    finally:
+        torch.set_num_threads(threads)
+    file = extract.particle_file(record, "p", "set", box, 2.0 * binning, "c1", patches)
+    file = file.model_copy(update={"raw": extract.raw_section(record, "0", stack)})
+    file = parse(ParticleFile, dumps(file), "s.json")
+    again = extract.patch_stack(file, file.raw, images)
+    number = np.random.default_rng(0).permutation(len(written))
+    assert again[number].dtype == np.float32
+    assert np.array_equal(again[number], written[number].astype(np.float32))
+    # a part of the particles in another order, whose images stay where they are
+    some = [file.particles[i].model_copy(update={"image": i}) for i in (17, 3, 11)]
+    part = extract.patch_stack(file.model_copy(update={"particles": tuple(some)}), file.raw, images)
+    number = np.array([17 * 5 + 4, 3 * 5, 11 * 5 + 2, 11 * 5 + 1])
+    assert np.array_equal(part[number], written[number].astype(np.float32)) and not written[11 * 5 + 1].any()
+
+
+def test_a_patch_over_the_edge_holds_the_mean_there() -> None:
+    """What lies beyond the image is its mean, before the shift by a fraction and the removal of the background."""
+    _, images, _, patches = noisy_series("bright", 24)
+    levels = extract.measure(images, patches, extract.Cutting(24, 1, "bright"))
+    np.testing.assert_allclose(levels.mean[[0, 2, 3, 4]], images[[0, 2, 3, 4]].mean((1, 2)), rtol=1e-6)
+    assert levels.mean[1] == levels.noise[1] == 0
+    corner = torch.tensor([[-75.0, -70.0]], dtype=torch.float64)  # the pixel in the middle is the image's first
+    found = extract.cut([images[0]], corner, levels.mean[:1], extract.Cutting(24, 1, "bright"))[0].numpy()
+    want = np.full((24, 24), float(levels.mean[0]))
+    want[12:, 12:] = images[0, :12, :12]
+    away = np.hypot(*np.meshgrid(*(np.arange(24) - 12,) * 2)) > 0.9 * 12
+    np.testing.assert_allclose(found, want - want[away].mean(), atol=1e-10)

@@ -11,6 +11,7 @@ import torch
 
 from libemc.numerics import ctf, kernels
 from libemc.numerics.fourier import centre_crop
+from libemc.numerics.rotations import random_rotations
 from libemc.numerics.slices import (
     Accumulator,
     Backprojection,
@@ -168,6 +169,26 @@ def test_compiled_kernels_equal_portable_ones() -> None:
     torch.testing.assert_close(a4, b4, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("box", [20, 21])
+def test_compiled_quotient_agrees_with_torch(box: int) -> None:
+    """Mean weight of each shell, and values over weights in the rfft layout; both of the same sums in float64."""
+    g = torch.Generator().manual_seed(box)
+    full = Accumulator(box, dtype=torch.float64)
+    full.sums.copy_(torch.randn(full.sums.shape, generator=g, dtype=torch.float64))
+    full.sums[..., 2].abs_()
+    args = (full.sums, full.half, full.scale)
+    means = kernels.shell_means(*args, box // 2)
+    torch.testing.assert_close(means, kernels.torch_shell_means(*args, box // 2), rtol=1e-12, atol=0)
+    assert (means > 0.5).all()
+    for radius in (full.radius, 4.3):
+        found = kernels.quotient(*args, radius, 0.1 * means, full.padded)
+        want = kernels.torch_quotient(*args, radius, 0.1 * means, full.padded)
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+        assert found.abs().max() > 1 and found.shape == (full.padded, full.padded, full.padded // 2 + 1)
+    empty = kernels.quotient(torch.zeros_like(full.sums), full.half, full.scale, full.radius, 0 * means, full.padded)
+    assert not empty.abs().any()
+
+
 def test_nothing_is_read_or_written_beyond_the_volume() -> None:
     """Points moved out by a magnification read zero and add nothing, compiled and portable; all within count as before."""
     half, g = kernels.half_size(10, 1.5), torch.Generator().manual_seed(1)
@@ -286,3 +307,22 @@ def test_ranges_of_different_threads_are_apart() -> None:
         for phase in phases:
             spans = sorted((radius[a:b].min(), radius[a:b].max()) for a, b in phase if b > a)
             assert all(low[1] + kernels.APART <= high[0] + 1e-9 for low, high in pairwise(spans))
+
+
+@pytest.mark.parametrize("n", [15, 16])
+def test_point_spread_is_the_sum_of_plane_waves(n: int) -> None:
+    """Against the direct sum; within the middle third of the box, where the kernel's replicas are below a per cent or two."""
+    band = Band.of(n, 0.4 * n)
+    matrices = random_rotations(6, torch.Generator().manual_seed(1))
+    weights = torch.rand(6, len(band.kx), generator=torch.Generator().manual_seed(2))
+    sums = Accumulator(n, 0.4 * n)
+    sums.add(torch.zeros(weights.shape, dtype=torch.complex64), weights, matrices.float(), band)
+    line = torch.arange(n, dtype=torch.float64) - n // 2
+    z, y, x = torch.meshgrid(line, line, line, indexing="ij")
+    r = torch.stack([x, y, z]).flatten(1)
+    k = torch.einsum("bij,ik->bjk", matrices, band.points(torch.float64))  # Mᵀk
+    waves = torch.cos(2 * torch.pi / n * torch.einsum("bjk,jr->bkr", k, r))
+    exact = torch.einsum("bk,bkr->r", weights.double() * band.multiplicity, waves).reshape(n, n, n)
+    middle = (slice(n // 3, n - n // 3),) * 3
+    found = sums.point_spread().double()
+    assert float((found - exact)[middle].norm() / exact[middle].norm()) < 0.02

@@ -230,15 +230,28 @@ def fill(value: float) -> None:
     Path(STACK).write_bytes(Path(STACK).read_bytes()[:1024] + data.tobytes())
 
 
+def another_set(_: pytest.MonkeyPatch) -> None:
+    """A copy of the set and of its stack, of particles that were cut elsewhere."""
+    shutil.copytree("particles/ribo", "particles/other")
+    for file in Path("particles/other").glob("*.json"):
+        content = json.loads(file.read_text().replace("particles/ribo", "particles/other"))
+        for particle in content.get("particles", ()):
+            particle["centre"][0] += 9.0
+        file.write_text(json.dumps(content))
+
+
 CUBE, ONES = blobs_map(24), np.ones((24, 24, 24))
 HOLE = np.where(CUBE > 0.5, np.nan, CUBE)
 EXTRACT = "emc_extract TS_01 --label ribo --set new --box 24 --quiet"
 AGAIN = "emc_extract TS_01 --label ribo --set ribo --box 24 --quiet"
 AVERAGE = "emc_average ribo --path avg --quiet"
 REFINE = "emc_refine ribo --reference ref.mrc --startres 14 --local --iterations 1 --path spt_01 --quiet"
+SELECT = "emc_select ribo --set new --quiet"
 RESUME = "emc_refine ribo --reference ref.mrc --startres 14 --local --iterations 2 --path spt_00 --resume --quiet"
 TOMOGRAM = "emc_tomogram TS_01 --load --bin 2 --quiet"
 TOMOCTF = "emc_tomoctf TS_01 --quiet"
+MATCH = "emc_tempmatch TS_01 --template ref.mrc --resolution 10 --quiet"
+IN_VOLUME = "emc_tempmatch --volume ref.mrc --template other.mrc --resolution 10 --quiet"
 IMPORT = "emc_import new.mrc --dose 3 --dose-order sequential --quiet"
 TILTS = "-40\n-20\n0\n20\n40\n"
 NEW = np.random.default_rng(0).normal(100, 10, (5, 40, 44)).astype(np.float32)
@@ -320,7 +333,13 @@ CASES = {
     "extract: misspelt option": case(f"{EXTRACT} --binn 2", None, "--binn", "did you mean --bin"),
     # averages
     "average: no such set": case("emc_average rib", None, "rib", "there are the sets ribo"),
-    "average: no stack": case(AVERAGE, gone(STACK), STACK, "no such file"),
+    "average: no images": case(AVERAGE, both(gone(STACK), gone(RAW)), RAW, "is missing", FILE),
+    "average: other raw images": case(
+        AVERAGE, both(gone(STACK), volume(RAW, SERIES.stack()[::-1], stack=True)), RAW, "not the stack", FILE,
+    ),
+    "average: raw images of another shape": case(
+        AVERAGE, both(gone(STACK), volume(RAW, NEW, stack=True)), RAW, "not the stack", FILE,
+    ),
     "average: stack too short": case(AVERAGE, cut(STACK, 9000), STACK, "cut short"),
     "average: stack of others": case(
         AVERAGE, volume(STACK, NEW, stack=True), STACK, "(5, 40, 44)", "extract them again",
@@ -375,6 +394,59 @@ CASES = {
     ),
     "refine: disk full": case(REFINE, FULL, "spt_01/", "no space left"),
     "refine: NaN for a number": case(REFINE.replace("14", "nan"), None, "--startres", "not finite"),
+    # selection
+    "select: nothing": case("emc_select --set new", None, "particle sets", "--label"),
+    "select: sets and picks": case(f"{SELECT} --label ribo", None, "particle sets", "--label"),
+    "select: no such set": case(SELECT.replace("ribo", "rib"), None, "rib", "there are the sets ribo"),
+    "select: no name": case("emc_select ribo", None, "no name", "--set"),
+    "select: onto itself": case("emc_select ribo --set ribo --overwrite", None, "ribo", "name of its own"),
+    "select: a part onto another set": case(
+        "emc_select spt_00 --set rib --split 2", write("particles/rib_1/particles.json", "{}"),
+        "particles/rib_1/particles.json", "did not write it",
+    ),
+    "select: no stack": case(SELECT, both(gone(STACK), gone(RAW)), "TS_01"),
+    "select: no such class": case(f"{SELECT} --class 7,8", None, "ribo", "no particle of 4 is left", "--class"),
+    "select: nothing so good": case(
+        f"{SELECT} --score-above 5", everyone("score", 1.0), "ribo", "no particle of 4 is left", "--score-above",
+    ),
+    "select: nobody is used": case(SELECT, everyone("use", False), "ribo", "no particles to use"),
+    "select: no z": case(f"{SELECT} --z-above 5", None, "TS_01", "no z", "leave --z-above out"),
+    "select: no such series": case(f"{SELECT} --tilt-series TS_02", None, "TS_02", "there are TS_01"),
+    "select: too many parts": case(f"{SELECT} --split 5", None, "4 particles", "5 sets"),
+    "select: one part": case(f"{SELECT} --split 1", None, "--split", "2 or more"),
+    "select: no such part": case(f"{SELECT} --split half", None, "--split", "half"),
+    "select: neighbours of any distance": case(f"{SELECT} --neighbours 2", None, "--neighbour-distance", "both"),
+    "select: neighbours turned round": case(f"{SELECT} --neighbours 5,2", None, "--neighbours", "MIN,MAX"),
+    "select: classes in words": case(f"{SELECT} --class a", None, "--class", "whole number"),
+    "select: margins of particles": case(f"{SELECT} --margin-above 0", None, "--margin-above", "particles"),
+    "select: best in two ways": case(f"{SELECT} --best 2 --best-fraction 0.5", None, "--best-fraction", "not allowed"),
+    "select: other box": case(
+        "emc_select ribo spt_00 --set new", both(put("spt_00/particles/particles.json", "box", value=32)),
+        "spt_00", "32", "24", "in the same way",
+    ),
+    "select: other geometry": case(
+        "emc_select ribo spt_00 --set new", put(FILE, "tilts", "axis", 0, value=1.0), "TS_01", "ribo and spt_00", "tilts",
+    ),
+    "select: another's set": case(
+        SELECT, write("particles/new/particles.json", "{}"), "particles/new/particles.json", "did not write it",
+    ),
+    "select: read-only folder": case(SELECT, read_only, "can't be written to"),
+    "select: disk full": case(SELECT, FULL, "particles/new/TS_01.json", "no space left"),
+    "select: full while it copies": case(
+        SELECT.replace("ribo", "ribo other"), both(another_set, FULL), "particles/new/TS_01.mrcs", "no space left",
+    ),
+    "select: no room to copy": case(SELECT.replace("ribo", "ribo other"), both(another_set, NO_ROOM), "free some space"),
+    "select: picks without a label": case("emc_select --label ribo", None, "--to"),
+    "select: picks onto themselves": case("emc_select --label ribo --to ribo --overwrite", None, "--to"),
+    "select: no such picks": case("emc_select --label gold --to new", None, "info", "'gold'"),
+    "select: no such picks there": case(
+        "emc_select --label gold --to new --tilt-series TS_01", None, INFO, "'gold'", "there are ribo",
+    ),
+    "select: no pick is there": case(
+        "emc_select --label ribo --to new --region=1e5,2e5,0,1,0,1", None, "ribo", "no pick of 4 is left", "--region",
+    ),
+    "select: a set of picks": case("emc_select --label ribo --to new --set new", None, "--set", "picks"),
+    "select: classes of picks": case("emc_select --label ribo --to new --class 1", None, "--class", "picks"),
     # maps
     "fsc: other sizes": case("emc_fsc ref.mrc b.mrc", volume("b.mrc", CUBE[:20, :20, :20]), "b.mrc"),
     "fsc: other pixels": case("emc_fsc ref.mrc b.mrc", volume("b.mrc", CUBE[::-1], 3.0), "b.mrc", "3"),
@@ -485,7 +557,9 @@ CASES = {
     "export: disk full": case(
         "emc_export ribo --format relion31 --quiet", FULL, "export/ribo/TS_01.mrcs", "no space left",
     ),
-    "export: no stack": case("emc_export ribo --format relion31 --quiet", gone(STACK), STACK, "no such file"),
+    "export: no images": case(
+        "emc_export ribo --format relion31 --quiet", both(gone(STACK), gone(RAW)), RAW, "is missing",
+    ),
     # CTFs
     "tomoctf: not aligned": case(TOMOCTF, both(drop(INFO, "ctf"), drop(INFO, "alignment")), INFO, "alignment",
                                  "run emc_tomogram TS_01"),
@@ -504,6 +578,59 @@ CASES = {
     "tomoctf: flip of what isn't aligned": case(f"{TOMOCTF} --flip", drop(INFO, "alignment"), INFO, "alignment"),
     "tomoctf: flip with a phase plate": case(f"{TOMOCTF} --flip --phase-plate", None, "--phase-plate", "--flip"),
     "tomoctf: flip and check": case(f"{TOMOCTF} --flip --check-hand", None, "--flip", "--check-hand"),
+    # template matching
+    "tempmatch: nothing named": case(MATCH.replace("TS_01 ", ""), None, "--all"),
+    "tempmatch: no such name": case(MATCH.replace("TS_01", "TS_1"), None, "TS_1", "did you mean TS_01"),
+    "tempmatch: not aligned": case(MATCH, drop(INFO, "alignment"), INFO, "alignment", "run emc_tomogram TS_01"),
+    "tempmatch: no stack": case(MATCH, gone(RAW), RAW, "no such file"),
+    "tempmatch: cut stack": case(MATCH, cut(RAW, 40000), RAW, "cut short"),
+    "tempmatch: other pixels": case(MATCH, images(lambda _: None, 2.7), RAW, "2.7", "TS_01"),
+    "tempmatch: NaN": case(MATCH, images(nan), RAW, "image 2", "not finite", "exclude"),
+    "tempmatch: all blank": case(MATCH, images(lambda a: a * 0 + 7), RAW, "contrast"),
+    "tempmatch: no tilt used": case(MATCH, put(INFO, "tilts", "use", value=[False] * 5), "TS_01", "used"),
+    "tempmatch: no template": case(MATCH.replace("ref.mrc", "no.mrc"), None, "no.mrc", "no such file"),
+    "tempmatch: template of another kind": case(MATCH, write("ref.mrc", "text " * 500), "ref.mrc", "not an MRC file"),
+    "tempmatch: template is no cube": case(MATCH, volume("ref.mrc", CUBE[:20]), "ref.mrc", "cube", "--box"),
+    "tempmatch: empty template": case(MATCH, volume("ref.mrc", ONES), "ref.mrc", "the same everywhere"),
+    "tempmatch: NaN in the template": case(MATCH, volume("ref.mrc", HOLE), "ref.mrc", "not finite"),
+    "tempmatch: mask of another size": case(f"{MATCH} --mask m.mrc", volume("m.mrc", np.ones((20, 20, 20))), "m.mrc"),
+    "tempmatch: mask of nothing": case(f"{MATCH} --mask m.mrc", volume("m.mrc", 0 * ONES), "m"),
+    "tempmatch: mask that isn't there": case(f"{MATCH} --mask m.mrc", None, "m.mrc", "no such file"),
+    "tempmatch: mask for two": case(
+        MATCH.replace("ref.mrc", "ref.mrc other.mrc") + " --mask mask.mrc", None, "--mask", "one template",
+    ),
+    "tempmatch: label for two": case(MATCH.replace("ref.mrc", "ref.mrc other.mrc") + " --label a", None, "--label"),
+    "tempmatch: the same label twice": case(MATCH.replace("ref.mrc", "a=ref.mrc a=other.mrc"), None, "LABEL=MAP"),
+    "tempmatch: no label": case(MATCH.replace("ref.mrc", "a/b=ref.mrc"), None, "'a/b'", "letters"),
+    "tempmatch: two symmetries for one": case(f"{MATCH} --symmetry c1,c2", None, "symmetries"),
+    "tempmatch: no symmetry": case(f"{MATCH} --symmetry q3", None, "q3", "cN"),
+    "tempmatch: others' picks": case(
+        f"{MATCH} --label ribo", None, INFO, "'ribo'", "--overwrite",
+    ),
+    "tempmatch: finer than the voxels": case(f"{MATCH} --bin 4", None, "--resolution 10", "--bin"),
+    "tempmatch: a resolution of zero": case(MATCH.replace("10", "0"), None, "--resolution"),
+    "tempmatch: minus one false pick": case(f"{MATCH} --expected-false=-1", None, "--expected-false"),
+    "tempmatch: region beyond the field": case(
+        f"{MATCH} --region=9000,9100,9000,9100,0,50", None, "TS_01", "--region",
+    ),
+    "tempmatch: region of too little": case(f"{MATCH} --region=0,0,0,0,0,0", None, "--region"),
+    "tempmatch: wedge of a series": case(f"{MATCH} --wedge=-60,60", None, "--wedge", "leave it out"),
+    "tempmatch: contrast of a series": case(f"{MATCH} --contrast dark", None, "--contrast", "leave it out"),
+    "tempmatch: output of a series": case(f"{MATCH} --output p.json", None, "--output", "leave it out"),
+    "tempmatch: volume and a name": case(f"{IN_VOLUME} --output p.json TS_01", None, "--names", "leave it out"),
+    "tempmatch: volume and all": case(f"{IN_VOLUME} --output p.json --all", None, "--all", "leave it out"),
+    "tempmatch: volume's thickness": case(f"{IN_VOLUME} --output p.json --thickness 9", None, "--thickness"),
+    "tempmatch: volume without dose": case(f"{IN_VOLUME} --output p.json --no-dose", None, "--no-dose"),
+    "tempmatch: no output": case(IN_VOLUME, None, "--output"),
+    "tempmatch: no such volume": case(f"{IN_VOLUME.replace('ref', 'no')} --output p.json", None, "no.mrc", "no such"),
+    "tempmatch: volume of nothing": case(
+        f"{IN_VOLUME} --output p.json", volume("ref.mrc", ONES), "ref.mrc", "no contrast",
+    ),
+    "tempmatch: somebody's file": case(
+        f"{IN_VOLUME} --output p.json", write("p.json", "mine"), "p.json", "did not write it",
+    ),
+    "tempmatch: wedge upside down": case(f"{IN_VOLUME} --output p.json --wedge=60,-60", None, "--wedge", "LOW,HIGH"),
+    "tempmatch: mask of the tomogram that isn't there": case(f"{MATCH} --tomogram-mask m.mrc", None, "m.mrc", "no such"),
     # the demonstration
     "demo: somebody's folder": case("emc_demo info", None, "info", "is not a folder that emc_demo has made"),
     "demo: a file": case("emc_demo ref.mrc", None, "ref.mrc"),

@@ -108,6 +108,8 @@ def test_class_and_unused_particles(here: Path, capsys: pytest.CaptureFixture[st
     assert ran("ribo", "--class", 1) == 0 and ran("ribo") == 0
     lines = capsys.readouterr().out.splitlines()
     assert "9 particles" in lines[0] and "15 particles" in lines[1]
+    assert ran("ribo", "--class", "0,1", "--path", "both", "--quiet") == 0
+    assert Path("both/average.mrc").read_bytes() == Path("avg_01/average.mrc").read_bytes()
     one, mixed = (shell_correlation(mrcfile.read(f"avg_0{i}/average.mrc"), blobs_map(32))[2:5].mean() for i in (0, 1))
     assert one > 0.9 and one > mixed + 0.05
 

@@ -26,6 +26,7 @@ def examples(project: Path) -> Path:
     places |= {"particles": "particles/ribo/TS_01.json", "run": "spt_00/run.json"}
     for kind, place in places.items():
         records.save_new(place, records.load(ROOT / "info" / f"example_{kind}.json"))
+    Path("particles/ribo/TS_01.mrcs").touch()
     return project
 
 
@@ -84,9 +85,14 @@ def test_a_project_is_checked_record_by_record(examples: Path, capsys: pytest.Ca
     ]  # fmt: skip
     path = Path("info/TS_01_info.json")
     path.write_text(path.read_text().replace('"voltage"', '"volts"'))
-    assert "1 of 3 records can't be read" in refused(capsys)
+    assert "1 of 3 records can't be used" in refused(capsys)
     assert emc_info.program.main([]) == 2
     assert "info/TS_01_info.json: key source.voltage is missing" in capsys.readouterr().out
+    Path("particles/ribo/TS_01.mrcs").unlink()
+    assert "2 of 3 records can't be used" in refused(capsys)
+    assert emc_info.program.main([]) == 2
+    line = "particles/ribo/particles.json: its images particles/ribo/TS_01.mrcs are missing; extract them again"
+    assert line in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
