@@ -21,12 +21,17 @@ from libemc.io import mrc
 from libemc.matches.plan import Plan
 from libemc.methods import reconstruct
 from libemc.methods.match import find, specimen
+from libemc.methods.match.correlate import BYTES_SHARED, BYTES_WORKER
 from libemc.methods.match.specimen import Passband, Sensitivity, TiltSensitivity
 from libemc.methods.reconstruct import CtfCorrection, Grid, Weighting, binned_shape
 from libemc.methods.subtilts import TiltGeometry
 from libemc.numerics import fourier
 from libemc.records import TiltSeriesRecord
 
+BYTES_PER_VOXEL = 60.0
+"""Of the grid: the volume, the same to look at, the maps of the search, and what is made of them."""
+BYTES_SETUP = 60
+"""Per voxel of a part: while it's transformed."""
 SECONDS_PER_VOXEL = 9e-9
 """Of a part with its margins, for one rotation."""
 
@@ -76,14 +81,16 @@ def cost(record: TiltSeriesRecord, plan: Plan, run: Run) -> tuple[float, float]:
     """Estimates of seconds and bytes for one tilt series."""
     grid = grid_of(record, plan)
     resolution, binning = plan.fineness(record.source.pixel_size)
-    seconds = 0.0
+    seconds, largest = 0.0, 0
     for template in plan.templates(grid.pixel_size, resolution):
         rotations = len(plan.wanted.rotations(template, max(plan.diameters))[0])
         cut = find.parts(grid.shape, template.box, run.memory / 2, run.threads)
-        voxels = sum(math.prod(p.padded(grid.shape, template.box)) for p in cut)
+        sizes = [math.prod(p.padded(grid.shape, template.box)) for p in cut]
+        largest, voxels = max(largest, max(sizes)), sum(sizes)
         seconds += SECONDS_PER_VOXEL * voxels * rotations * (1 + 1 / find.DECOY_SHARE) / run.threads
     images = sum(record.tilts.use) * math.prod(binned_shape(record.source.shape, binning)) * 4.0
-    return seconds, reconstruct.LIBRARIES + images + math.prod(grid.shape) * 40.0
+    part = largest * float(BYTES_SETUP + BYTES_SHARED + run.threads * BYTES_WORKER)
+    return seconds, reconstruct.LIBRARIES + images + math.prod(grid.shape) * BYTES_PER_VOXEL + part
 
 
 def scene_of(record: TiltSeriesRecord, stack: mrc.MrcImages, plan: Plan, run: Run) -> Scene:
