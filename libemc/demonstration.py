@@ -14,7 +14,7 @@ from libemc.io.truth import read_truth
 
 RIGHT = 15.0  # degrees within which an orientation counts as found
 REACH = 60.0  # Å: a position that is farther from every true one is none of them
-HEAD = ("", "true", "true poses", "found")
+HEAD = ("", "true", "found")
 
 Row = tuple[str, ...]
 
@@ -23,13 +23,13 @@ def alignment_row(folder: Path, name: str) -> Row:
     """How well a tilt series is aligned now."""
     error = comparison.alignment_error(name, folder / f"raw/{name}_truth.json", folder)
     found = f"{error.rms:.1f} Å rms, {error.median:.1f} median"
-    return f"{name}, alignment: reprojection error", "0 Å", "", found
+    return f"{name}, alignment: reprojection error", "0 Å", found
 
 
 def defocus_row(folder: Path, name: str) -> Row:
     """How well the CTF of a tilt series is known now."""
     error = comparison.defocus_error(name, folder / f"raw/{name}_truth.json", folder)
-    return f"{name}, defocus: error", "0 Å", "", f"{error:.0f} Å rms"
+    return f"{name}, defocus: error", "0 Å", f"{error:.0f} Å rms"
 
 
 def result_rows(folder: Path, names: Sequence[str]) -> list[Row]:
@@ -39,32 +39,28 @@ def result_rows(folder: Path, names: Sequence[str]) -> list[Row]:
         names: of the tilt series; the true map is that of the first.
     """
     truths = {name: folder / f"raw/{name}_truth.json" for name in names}
-    picked, refined = (comparison.pose_errors(source, truths, REACH, folder) for source in ("emc", "spt_00"))
-    runs = folder / "oracle", folder / "spt_00"
-    likes = [
-        comparison.map_agreement(run / "average.mrc", folder / f"raw/{names[0]}_map.mrc", folder / "mask.mrc")
-        for run in runs
-    ]
-    maps = {
-        "resolution of the half maps, FSC = 0.143": [f"{read_json(r / 'fsc.json')['resolution']:.1f} Å" for r in runs],
-        "resolution against the true map, FSC = 0.5": [f"{like.resolution:.1f} Å" for like in likes],
-        "correlation with the true map": [f"{like.correlation:.3f}" for like in likes],
-        "correlation with its mirror image": [f"{like.mirrored:.3f}" for like in likes],
-    }
+    true_map = folder / f"raw/{names[0]}_map.mrc"
+    claimed = read_json(folder / "fsc/fsc.json")["resolution"]
+    like = comparison.overlaid(folder / "spt_00", true_map, folder / "mask.mrc", claimed)
+    refined = comparison.pose_errors("spt_00", truths, REACH, like, folder)
     _, files = records.load_particles("emc", folder)
-    count, all_of_them = sum(len(f.particles) for f in files.values()), len(picked.angle)
+    count = sum(len(f.particles) for f in files.values())
     there = sum(len(read_truth(truth).picks.xyz) for truth in truths.values())
-    found = int((refined.angle < RIGHT).sum())
+    picked = comparison.pose_errors("emc", truths, REACH, None, folder)
+    _, used = records.load_particles("spt_00", folder)
+    refined_count = sum(p.use for f in used.values() for p in f.particles)
+    right = int((refined.angle < RIGHT).sum())
     return [
-        ("particles found", f"{there}", "", f"{all_of_them}, and {count - all_of_them} wrong"),
-        (f"positions (picked {picked.distance.median():.1f} Å off): median error", "0 Å", "",
-         f"{refined.distance.median():.1f} Å"),
-        (f"orientations (picked {picked.angle.median():.1f}° off): median error", "0°", "",
-         f"{refined.angle.median():.1f}°"),
-        (f"orientations within {RIGHT:g}° of the truth", f"{all_of_them}", "", f"{found} of {all_of_them}"),
-        *((text, "", *cells) for text, cells in maps.items()),
-        ("hand", "right", *("right" if like.right_hand else "wrong" for like in likes)),
-    ]  # fmt: skip
+        ("particles found", f"{there}", f"{len(picked.angle)}, and {count - len(picked.angle)} wrong"),
+        ("refined positions: median error", "0 Å", f"{refined.distance.median():.1f} Å"),
+        ("refined orientations: median error", "0°", f"{refined.angle.median():.1f}°"),
+        (f"orientations within {RIGHT:g}° of the truth", f"{refined_count}", f"{right} of {refined_count}"),
+        ("resolution of the half maps, FSC = 0.143", "", f"{claimed:.1f} Å"),
+        ("resolution against the true map, FSC = 0.5", "", f"{like.agreement.resolution:.1f} Å"),
+        ("correlation with the true map", "1", f"{like.agreement.correlation:.3f}"),
+        ("correlation with its mirror image", "", f"{like.mirrored:.3f}"),
+        ("hand", "right", "right" if like.right_hand else "wrong"),
+    ]
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -19,12 +19,11 @@ from torch import Tensor
 from libemc import records
 from libemc.errors import InputError
 from libemc.io import mrc
-from libemc.io.files import read_json, write_text
+from libemc.io.files import write_text
 from libemc.methods import reconstruct
 from libemc.methods.average import DEFAULT_MASK, MASK_EDGE, Average, HalfMaps
 from libemc.methods.extract import PatchStack, patch_stack
 from libemc.methods.postprocess import resample
-from libemc.methods.refine import Done, Step, filtered_references
 from libemc.methods.subtilts import Particles
 from libemc.numerics import fourier
 from libemc.numerics.masks import soft_sphere
@@ -214,12 +213,18 @@ def mask_or_sphere(path: Path | None, box: int, pixel_size: float) -> Tensor:
 
 
 def write_average(
-    outputs: Mapping[str, Path], maps: HalfMaps, average: Average, mask: Tensor, pixel_size: float
+    outputs: Mapping[str, Path],
+    maps: HalfMaps,
+    average: Average,
+    mask: Tensor,
+    pixel_size: float,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """average.mrc, half1.mrc, half2.mrc, mask.mrc, fsc.json, fsc.png and average.png of a run, each whole or not at all.
 
     Args:
         outputs: their checked paths by file name.
+        more: what else fsc.json says.
     """
     from libemc.view import plots  # matplotlib takes half a second that only averages need
 
@@ -227,7 +232,7 @@ def write_average(
     for name, volume in volumes.items():
         mrc.write_volume(outputs[name], volume.float().numpy(), pixel_size)
     table = average.fsc.table()
-    write_text(outputs["fsc.json"], json.dumps(table, indent=1))
+    write_text(outputs["fsc.json"], json.dumps(table | dict(more or {}), indent=1))
     curves = {name: values for name, values in table["curves"].items() if name != "randomised"}
     levels = {name: table["thresholds"][name] for name in ("0.143", "0.5")}
     plots.fsc_plot(outputs["fsc.png"], table["frequency"], curves, levels, average.resolution)
@@ -267,41 +272,6 @@ def save_run(
         records.update(path, lambda old: old.model_copy(update=content), records.Run)
     else:
         records.save_new(path, records.Run(**content))
-
-
-def resume_refinement(
-    folder: Path, options: Mapping[str, Any], series: list[Particles]
-) -> tuple[list[Done], list[Particles]]:
-    """The iterations that a refinement has done, and its particles after the last of them; nothing where none is done.
-
-    Raises:
-        InputError: the run was begun with other options, or from files that have changed since.
-    """
-    path = folder / "run.json"
-    if not path.exists():
-        return [], series
-    record = records.load(path, records.Run)
-    for name, value in options.items():
-        if record.options.get(name) != value:
-            raise InputError(
-                f"was begun with {name} = {record.options.get(name)!r}, not {value!r}", path, "give the same options"
-            )
-    for old in record.inputs:
-        new = records.fingerprint(old.path)
-        if (new.size, new.digest) != (old.size, old.digest) or (new.digest is None and new.mtime != old.mtime):
-            raise InputError(f"has changed since {folder} was begun from it", old.path, "begin a new run")
-    past = [
-        Done(Step(i["band"], i["exhaustive"]), i["resolution"], i["reach"], i["turned"], i["moved"])
-        for i in record.state.get("iterations", [])
-    ]
-    return past, open_particles(folder)[1] if past else series
-
-
-def read_references(folder: Path, mask: Tensor, shared: float) -> tuple[Tensor, Tensor]:
-    """The references that a run's half maps make."""
-    half1, half2 = (torch.from_numpy(mrc.read_volume(folder / f"half{h}.mrc")[0]) for h in (1, 2))
-    fsc = torch.tensor(read_json(folder / "fsc.json")["curves"]["corrected"], dtype=torch.float64)
-    return filtered_references(half1, half2, mask, fsc, shared)
 
 
 def save_run_particles(

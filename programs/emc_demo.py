@@ -2,9 +2,9 @@
 """Run the whole chain on a small simulated data set, and compare what comes out with the truth.
 
 In the new folder DIR two tilt series are simulated, imported, aligned and reconstructed, and their particles found, cut
-out, averaged, refined and exported. Each command is printed before it runs, as it can be typed in DIR; DIR/commands.sh has all.
-Last comes a table of what was found and what is true, and a list of the pictures. The truth is used where a line says
-so, and nowhere else. It takes some minutes on two cores.
+out, made into a model, found again with it, refined and exported. Each command is printed before it runs, as it can be
+typed in DIR; DIR/commands.sh has all. Last comes a table of what was found and what is true, and a list of the pictures:
+nothing else has seen the truth. It takes some minutes on two cores.
 
     emc_demo                         # in ./emc_demo
     emc_demo /tmp/look --quick       # a smaller one: one tilt series, about two minutes
@@ -46,7 +46,7 @@ class Size:
         return [f"demo_{k + 1:02d}" for k in range(self.series)]
 
 
-FULL, QUICK = Size(480, 4, 36, 2), Size(288, 6, 12, 1)
+FULL, QUICK = Size(480, 4, 36, 2), Size(288, 6, 16, 1)
 
 STEPS = (
     ("Tilt series of known particles in ice, with all that a microscope does to them; and the truth",
@@ -58,32 +58,27 @@ STEPS = (
      "emc_tomogram --all --bin 4 --thickness 900"),
     ("Estimate the CTF, which decides the hand that the alignment leaves open where no axis is given",
      "emc_tomoctf --all"),
-    ("From the truth: the alignment in whose frame the true particles are, and the CTF estimated in it",
-     "emc_import --alignment raw/{name}_truth.json {name} --overwrite",
-     "emc_tomoctf --all --overwrite"),
-    ("Reconstruct again",
+    ("Reconstruct again, the CTF corrected",
      "emc_tomogram --all --load --bin 2 --thickness 900 --ctf wiener --lowpass 60"),
-    ("From the truth: a template of the particles; in reality the map of something like them",
-     "emc_volume raw/{first}_map.mrc template.mrc --lowpass 30"),
-    ("Find the particles",
-     "emc_tempmatch --all --template template.mrc --label emc --step 24"),
-    ("From the truth: picks `true`, to compare with",
-     "emc_import --picks raw/{name}_truth.json --label true {name}"),
-    ("Cut the particles out of the raw images",
+    ("What is known of the particles is their size: look for balls of it",
+     "emc_volume tomograms/{first}_bin4.mrc cube.mrc --box 24",
+     "emc_mask cube.mrc --sphere 90 --edge 40 --output ball.mrc",
+     "emc_tempmatch --all --template ball.mrc --label ball --resolution 60 --step 60"),
+    ("Cut out what was found, and make a model of it from nothing",
+     "emc_extract --all --label ball --set ball --box 54",
+     "emc_sgd ball --path sgd_00"),
+    ("With that as the template, find the particles",
+     "emc_tempmatch --all --template sgd_00/class1.mrc --label emc --step 24"),
+    ("Cut the particles out of the raw images; keep what is certain and no duplicate",
      "emc_extract --all --label emc --set emc --box 54",
-     "emc_extract --all --label true --set true --box 54"),
-    ("Of what was found, keep what is certain and no duplicate",
      "emc_select emc --set good --z-above 8 --distance 60"),
-    ("The best that can be: the average at the true poses",
-     "emc_average true --path oracle"),
-    ("From the truth: a reference, without detail finer than 60 Å",
-     "emc_volume raw/{first}_map.mrc reference.mrc --lowpass 60"),
-    ("Find orientations and positions, from nothing but that",
-     "emc_refine good --reference reference.mrc --startres 60 --path spt_00"),
-    ("How good is it? By itself, and against the truth",
+    ("Find orientations, positions and how the particles moved",
+     "emc_refine good --reference sgd_00/class1.mrc --startres 45 --path spt_00"),
+    ("How good is it?",
      "emc_mask spt_00/average.mrc --lowpass 20",
-     "emc_fsc spt_00/half1.mrc spt_00/half2.mrc --mask mask.mrc --output fsc",
-     "emc_fsc spt_00/average.mrc raw/{first}_map.mrc --model --mask mask.mrc --output fsc_truth"),
+     "emc_fsc spt_00/half1.mrc spt_00/half2.mrc --mask mask.mrc --output fsc"),
+    ("The final map, each place filtered by its own resolution",
+     "emc_average spt_00 --path final --mask mask.mrc --filter local"),
     ("On with it: to RELION, and the commands that made the map",
      "emc_export spt_00 --format relion31",
      "emc_info spt_00 --history",

@@ -2,13 +2,15 @@
 """Make a soft mask for a map: a sphere, or the shape of the density above a threshold.
 
 MAP is white (protein positive) and gives the box and the pixel size. A threshold is one number in the units of the map
-(after --lowpass), or "auto", which is what is done unless told otherwise: low-pass to 15 Å (or to --lowpass), take the
-threshold that parts the density from the background best and lies above its noise. The mask is 1 up to --extend from
-the density and falls to 0 over --edge. The line on stdout has the mask's share of the box and its volume, and the
-volume and mass (as protein, 0.81 Da/Å³) of what is above the threshold.
+(after --lowpass), or "auto", which is what is done unless told otherwise: low-pass to 15 Å (or to --lowpass), grow the
+particle from the strongest density in the middle of the box down to the noise, leave out its neighbours and what is
+not connected to it, and take the threshold that parts it best from what is around it. The mask is 1 up to --extend
+from the density and falls to 0 over --edge. Where the map is very noisy, a coarser --lowpass shows more of it. The
+line on stdout has the mask's share of the box and its volume, and the volume and mass (as protein, 0.81 Da/Å³) of what
+is above the threshold.
 
     emc_mask spt_00/average.mrc                                              # by itself
-    emc_mask average.mrc --threshold auto --lowpass 30 --largest             # without the neighbours
+    emc_mask half1.mrc --lowpass 30                                          # of a noisy map
     emc_mask average.mrc --threshold 0.02 --extend 10 --edge 20 --output tight.mrc
     emc_mask average.mrc --sphere 150 --edge 30 --output sphere.mrc          # radius 150 Å
 """
@@ -23,7 +25,7 @@ from torch import Tensor, from_numpy
 from libemc.cli import Program, Run, options
 from libemc.errors import InputError
 from libemc.io import mrc
-from libemc.methods import postprocess
+from libemc.methods import molecular_mask, postprocess
 from libemc.numerics import filters, masks
 
 AUTO_LOWPASS = 15.0
@@ -64,7 +66,10 @@ def shaped(volume: Tensor, pixel_size: float, args: argparse.Namespace) -> tuple
     resolution = args.lowpass or (AUTO_LOWPASS if args.threshold is None else 0.0)
     if resolution > 2 * pixel_size:
         volume = filters.lowpass(volume, pixel_size, resolution)
-    level = postprocess.automatic_threshold(volume) if args.threshold is None else args.threshold
+    level = args.threshold
+    if level is None:
+        region, level = molecular_mask.molecular_region(volume, molecular_mask.noise_level(volume))
+        volume = volume.where(region, volume.clamp_max(level))
     return (postprocess.keep_largest(volume, level) if args.largest else volume), level
 
 

@@ -2,110 +2,151 @@
 """Refine the poses of a particle set against a reference: gold-standard halves, global search first, then local.
 
 The halves never see each other beyond the starting resolution. The first iterations search all orientations in data to
-40 Å; then poses are polished in the band that the FSC between the halves vouches for, until neither changes. Writes
-average.mrc, half1.mrc, half2.mrc, mask.mrc, fsc.json, pictures, run.json and the particles into a numbered folder.
+40 Å and follow the best to finer data; then poses are polished in the band that the FSC between the halves vouches for,
+until neither changes. Writes average.mrc, half1.mrc, half2.mrc, mask.mrc, fsc.json, pictures, index.html (the course of
+it), run.json and the particles into a numbered folder. Limits are about the poses that the set has. References are the
+half maps, each frequency weighed by what both agree on there: in all directions, in its own, or in each place (--filter).
 
     emc_refine ribo --reference initial.mrc --startres 50
     emc_refine ribo --reference initial.mrc --startres 30 --local          # poses are nearly right already
     emc_refine spt_00 --reference spt_00/average.mrc --local --iterations 2
+    emc_refine ribo_bin1 --particles spt_00 --reference spt_00/average.mrc --local    # the same particles, finer pixels
+    emc_refine spikes --reference spike.mrc --max-tilt 20 --max-shift 30   # axes are known from the membrane
+    emc_refine tubes --reference tube.mrc --symmetry helix:9.4,-27.7 --max-tilt 15
     emc_refine ribo --reference initial.mrc --path spt_00 --resume         # go on where it stopped
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from libemc import project, records
+import torch
+
+from libemc import project, records, refinements
 from libemc.cli import Program, Run, options
 from libemc.errors import InputError
-from libemc.methods import average, refine
-from libemc.numerics.filters import lowpass
-from libemc.numerics.symmetry import symmetry_matrices
+from libemc.methods.refine import align, iteration, references, schedule
+from libemc.methods.refine.limits import Limits
+from libemc.numerics.symmetry import operators
+
+KEPT = ("set_or_run", "particles", "reference", "startres", "local", "max_shift", "max_angle", "max_tilt", "symmetry", "mask",
+        "focus", "filter", "keep", "own_noise", "no_motion")  # fmt: skip
+"""Options that a resumed run must repeat."""
+MANY = 0.2
+"""Share of the particles at the limit of their shifts that is worth a warning."""
+
+
+def share(text: str) -> float:
+    """A number above 0, up to 1."""
+    value = options.fraction(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' leaves nothing")
+    return value
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The program's own options."""
     options.set_or_run(parser)
     options.reference(parser, required=True)
-    parser.add_argument(
-        "--startres",
-        type=options.positive,
-        default=50.0,
-        metavar="A",
-        help="resolution of the reference at the start, in Å",
-    )
+    parser.add_argument("--startres", type=options.positive, default=50.0, metavar="A",
+                        help="resolution of the reference at the start, in Å")  # fmt: skip
+    options.particles(parser)
     parser.add_argument("--local", action="store_true", help="no global search: start from the poses that there are")
-    parser.add_argument(
-        "--max-shift",
-        type=options.not_negative,
-        metavar="A",
-        help="farthest shift in one iteration (default: 0.08 of the box)",
-    )
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--max-shift", type=options.not_negative, metavar="A",
+                        help="farthest from where the particle was at the start (default: 0.08 of the box)")  # fmt: skip
+    limits.add_argument("--max-angle", type=options.positive, metavar="DEG", help="largest turn from the start")
+    limits.add_argument("--max-tilt", type=options.not_negative, metavar="DEG",
+                        help="farthest that a particle's z axis may lean; about it, it turns freely")  # fmt: skip
+    limits.add_argument("--in-plane-only", action="store_true", help="the z axis stays: as --max-tilt 0")
     options.symmetry(parser, default=None)
     options.mask(parser)
+    parser.add_argument("--focus", type=Path, metavar="MAP", help="mask of the references (default: that of the FSC)")
+    options.filter(parser, default="spherical")
+    parser.add_argument("--keep", type=share, metavar="X",
+                        help="share of the particles to keep (default: all but those that show too little)")  # fmt: skip
+    parser.add_argument("--own-noise", action="store_true", help="whiten each particle by its own noise spectrum")
+    parser.add_argument("--no-motion", action="store_true", help="particles stand still from exposure to exposure")
     options.iterations(parser)
     options.path(parser)
+
+
+def limits_of(args: argparse.Namespace, box: int, pixel_size: float) -> Limits:
+    """The limits that are asked for; what follows from an option is written into the arguments."""
+    if args.in_plane_only and args.max_tilt:
+        raise InputError("--in-plane-only leaves no tilt", f"--max-tilt {args.max_tilt:g}", "give one of them")
+    args.max_tilt = 0.0 if args.in_plane_only else args.max_tilt
+    if args.max_shift is None:
+        args.max_shift = align.MAX_SHIFT * box * pixel_size
+    return Limits(args.max_shift / pixel_size, args.max_angle, args.max_tilt)
+
+
+def warn_of_limits(run: Run, count: int, stuck: int) -> None:
+    """Say so when many of the particles could go no farther."""
+    if stuck > MANY * count:
+        run.warn(f"{stuck} of {count} particles are at the limit of --max-shift; is the reference off its centre?")
 
 
 def main(args: argparse.Namespace, run: Run) -> None:
     """Check, then iterate until convergence, with all of the state in the run's folder after each iteration."""
     if run.resume and not args.path:
         raise InputError("--resume of what?", remedy="give the folder of the run with --path")
-    inputs = [run.particles(args.set_or_run), *map(run.input, filter(None, [args.reference, args.mask]))]
-    head, series = project.open_particles(args.set_or_run)
-    box, pixel_size, symmetry = head.box, head.pixel_size, args.symmetry or head.symmetry
-    symmetry_matrices(symmetry)
+    files = filter(None, [args.reference, args.mask, args.focus])
+    inputs = [*(run.particles(s) for s in (args.set_or_run, args.particles) if s), *map(run.input, files)]
+    head, start = project.open_particles(args.set_or_run)
+    start = refinements.with_poses_of(start, args.particles) if args.particles else start
+    box, pixel_size, args.symmetry = head.box, head.pixel_size, args.symmetry or head.symmetry
+    operators(args.symmetry, box * pixel_size)
+    limits = limits_of(args, box, pixel_size)
     if args.startres < 2 * pixel_size:
         raise InputError(f"--startres {args.startres:g} is beyond Nyquist", remedy=f"give {2 * pixel_size:g} or more")
-    reference = project.read_map(args.reference, box, pixel_size)
-    mask = project.mask_or_sphere(args.mask, box, pixel_size)
-    project.need_halves(series, args.set_or_run)
-    count = sum(int(p.use.sum()) for p in series)
+    reference, mask = (
+        project.read_map(args.reference, box, pixel_size),
+        project.mask_or_sphere(args.mask, box, pixel_size),
+    )
+    focus = project.read_mask(args.focus, box, pixel_size) if args.focus else mask
+    project.need_halves(start, args.set_or_run)
+    count = sum(int(p.use.sum()) for p in start)
     if run.plan(f"refine {count} particles in a box of {box} at {pixel_size:g} Å", disk=6 * 4 * box**3):
         return
+    kept = {name: str(v) if isinstance(v := getattr(args, name), Path) else v for name in KEPT}
     folder = args.path or records.next_run_directory("spt")
-    options_used = {
-        "set_or_run": str(args.set_or_run),
-        "reference": str(args.reference),
-        "startres": args.startres,
-        "local": args.local,
-        "max_shift": args.max_shift if args.max_shift is not None else refine.MAX_SHIFT * box * pixel_size,
-        "symmetry": symmetry,
-        "mask": str(args.mask) if args.mask else None,
-    }
     record = folder / "run.json"
-    going_on = run.resume and record.exists()
-    outputs = {name: run.output(folder / name, owned=going_on) for name in (record.name, *project.AVERAGE_FILES)}
-    past: list[refine.Done] = []
+    names, again = (record.name, "index.html", *project.AVERAGE_FILES), run.resume and record.exists()
+    outputs = {name: run.output(folder / name, owned=again) for name in names}
+    past, series = list[schedule.Done](), start
 
-    def save(done: list[refine.Done], stopped_at: str | None) -> None:
-        used = {**options_used, "iterations": args.iterations}
-        project.save_run(record, run.name, used, run.seed, refine.state_of(done, count), inputs, stopped_at)
+    def save(stopped_at: str | None) -> None:
+        used = {**kept, "iterations": args.iterations}
+        project.save_run(record, run.name, used, run.seed, schedule.state_of(past, count), inputs, stopped_at)
 
     if run.resume:
-        past, series = project.resume_refinement(folder, options_used, series)
+        past, series = refinements.resume(folder, {**kept, "seed": run.seed}, start)
         run.log.info(f"{folder} has {len(past)} iterations; going on")
-    shared = box * pixel_size / max(args.startres, refine.JOINED)
-    start = refine.Step(args.startres, exhaustive=not args.local)
-    halves = (lowpass(reference, pixel_size, args.startres) * mask,) * 2
+    setup = iteration.Setup(
+        mask, focus, references.Filtering(args.filter, mask, pixel_size, run.seed), limits, args.symmetry,
+        box * pixel_size / max(args.startres, schedule.JOINED), args.keep, args.own_noise, run.seed, run.memory,
+    )  # fmt: skip
     if past:
-        halves = project.read_references(folder, mask, shared)
+        halves = iteration.next_references(*refinements.read_halves(folder), setup)
     else:
-        save([], "iteration 1")
-    step = refine.next_step(past, start, box, pixel_size, args.iterations)
+        generator = torch.Generator().manual_seed(run.seed)
+        halves = references.starting_references(reference, focus, pixel_size, args.startres, generator)
+        save("iteration 1")
+    first = schedule.Step(args.startres, exhaustive=not args.local)
+    step = schedule.next_step(past, first, box, pixel_size, args.iterations, not args.no_motion)
     while step is not None:
-        search = refine.Search(step.resolution, options_used["max_shift"], symmetry=symmetry)
-        before, series = series, refine.iterate(series, halves, search, step.exhaustive, run.memory, run.progress)
-        maps = average.half_maps(series, run.memory, symmetry, progress=run.progress)
-        done = average.finish(maps, mask, pixel_size, run.seed)
-        turned, moved = refine.pose_change(before, series, symmetry)
-        past.append(refine.Done(step, done.resolution, done.reach, turned, moved))
-        halves = refine.filtered_references(maps.half1, maps.half2, mask, done.corrected, shared)
-        project.write_average(outputs, maps, done, mask, pixel_size)
-        series = project.save_run_particles(folder, head, series, str(args.set_or_run))
-        step = refine.next_step(past, start, box, pixel_size, args.iterations)
-        save(past, None if step is None else f"iteration {len(past) + 1}")
-        run.result(refine.line_of(len(past), past[-1]))
+        before, out = series, iteration.iteration(series, start, halves, step, setup, run.progress)
+        halves, series = out.references, project.save_run_particles(folder, head, out.series, str(args.set_or_run))
+        past.append(out.done)
+        project.write_average(outputs, out.maps, out.average, mask, pixel_size)
+        refinements.save_slices(run.output(folder / refinements.SLICES.format(len(past)), owned=True), out.average)
+        step = schedule.next_step(past, first, box, pixel_size, args.iterations, not args.no_motion)
+        save(None if step is None else f"iteration {len(past) + 1}")
+        refinements.write_page(outputs["index.html"], folder, kept, past, (start, before, series))
+        run.result(schedule.line_of(len(past), past[-1]))
+    warn_of_limits(run, count, align.at_the_limit(start, series, args.max_shift) if args.max_shift else 0)
     run.result(f"{folder}: {count} particles, {past[-1].resolution:.2f} Å at FSC 0.143 after {len(past)} iterations")
 
 

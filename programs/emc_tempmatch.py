@@ -3,9 +3,10 @@
 
 The template goes through the same projection, CTF, dose and noise as the specimen did. Every score becomes a z-value by what
 decoys, maps of the template's spectrum with random phases, reach in the same specimen; the threshold is where so many
-false picks are expected as --expected-false says. What has the template's size but not its shape is left out. Poses are refined
-on the tilt images. Several templates compete, and picks say by how much theirs is better. Tilt series must be aligned, and
-should have a CTF. Picks go to the record, pictures to tomograms/NAME_match.
+false picks are expected as --expected-false says. --resolution is the diameter / 7 unless given, at least 20 Å. What has
+the template's size but not its shape is left out. Poses are refined on the tilt images. Several templates compete, and
+picks say by how much theirs is better. Tilt series must be aligned, and should have a CTF. Picks go to the record,
+pictures to tomograms/NAME_match.
 
 With --volume a finished tomogram is searched, without a project; picks go to --output, which emc_import --picks reads.
 
@@ -61,9 +62,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.symmetry(parser)
     options.mask(parser)
     number = {"type": options.positive}
-    parser.add_argument(
-        "--resolution", **number, metavar="A", help="finest detail (default: diameter / 7, at least 20)"
-    )
+    options.resolution(parser)
     parser.add_argument("--step", **number, metavar="DEG", help="between rotations (default: by size and resolution)")
     parser.add_argument(
         "--expected-false", **number, default=1.0, metavar="N", help="false picks to expect in a tomogram"

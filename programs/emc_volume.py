@@ -2,14 +2,19 @@
 """Change a map or tomogram: rescale, crop, filter, rotate, shift, symmetrise, mask; or compare it with another.
 
 Whatever is asked for is done in this order: --set-pixel-size, --invert, --mirror, --rotate and --shift (in one
-interpolation), --symmetry, --highpass and --lowpass, --pixel-size or --bin, --box, --normalise, --mask, --compare. The
-origin, pixel n//2 of each axis, stays where it is; what comes in from outside is 0. A list that begins with a minus has
-to follow an equals sign.
+interpolation), --find-symmetry, --symmetry, --highpass and --lowpass, --pixel-size or --bin, --box, --normalise,
+--mask, --compare. The origin, pixel n//2 of each axis, stays where it is; what comes in from outside is 0. A list that
+begins with a minus has to follow an equals sign.
+
+--find-symmetry prints how well the map has each group (correlation over its operators, 1 with half maps if it has it;
+`mean` of them and the `worst`) and turns it into the setting of the best one, or of the one that is named.
 
     emc_volume emd_3228.mrc ref.mrc --pixel-size 6 --box 64 --lowpass 40     # a reference at the sampling of a set
     emc_volume average.mrc turned.mrc --rotate 20,45,-70 --shift=-12,0,4.5   # at R·u + s is what was at u
     emc_volume tomogram.mrc small.mrc --bin 2 --invert --float16
     emc_volume average.mrc mirrored.mrc --mirror z                             # the other hand
+    emc_volume average.mrc onto_axes.mrc --find-symmetry auto --half-maps half1.mrc half2.mrc
+    emc_volume average.mrc onto_axes.mrc --find-symmetry c7 --symmetry c7
     emc_volume average.mrc --compare other.mrc                               # correlation, difference, FSC = 0.5
 """
 
@@ -17,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +33,9 @@ from libemc.cli import Program, Run, options
 from libemc.errors import InputError
 from libemc.io import mrc
 from libemc.methods import postprocess
+from libemc.methods.change import BEST_GROUP, Changes
 from libemc.methods.postprocess import Grid
-from libemc.numerics import filters, fourier
-from libemc.numerics.rotations import matrix_from_euler
-from libemc.numerics.symmetry import symmetrise, symmetry_matrices
+from libemc.numerics.symmetry import operators, symmetry_matrices
 
 BYTES_PER_VOXEL = 40
 """Peak memory: a transform or the spline coefficients in float64 beside two maps in float32."""
@@ -54,6 +59,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mirror", choices=("x", "y", "z"), help="mirror along this axis, which changes the hand")
     parser.add_argument("--rotate", type=triple, metavar="ROT,TILT,PSI", help="rotate by R of these, degrees")
     parser.add_argument("--shift", type=triple, metavar="X,Y,Z", help="shift by so many Å")
+    options.find_symmetry(parser)
+    parser.add_argument(
+        "--half-maps", type=Path, nargs=2, metavar="MAP", help="the halves of IN, to find symmetry with"
+    )
     options.symmetry(parser)
     parser.add_argument("--highpass", type=options.positive, metavar="A", help="remove what is coarser than this, in Å")
     options.lowpass(parser)
@@ -67,29 +76,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--float16", action="store_true", help="write half the bytes: 11 bits of precision")
 
 
-def processed(volume: Tensor, pixel_size: float, step: float, args: argparse.Namespace) -> Tensor:
-    """All that changes the map, up to its normalisation, in the order of the help."""
-    if args.invert:
-        volume = -volume
-    if args.mirror:
-        volume = postprocess.mirror(volume, args.mirror)
-    if args.rotate or args.shift:
-        rotation = matrix_from_euler(*(args.rotate or (0.0, 0.0, 0.0)))
-        volume = postprocess.place(volume, rotation, [s / pixel_size for s in args.shift or (0.0, 0.0, 0.0)])
-    volume = symmetrise(volume, args.symmetry)
-    if args.highpass:
-        volume = filters.highpass(volume, pixel_size, args.highpass)
-    if args.lowpass:
-        volume = filters.lowpass(volume, pixel_size, args.lowpass)
-    if step != 1:
-        volume = postprocess.resample(volume, step)
-    if args.box:
-        volume = fourier.centre_fit(volume, (args.box,) * 3)
-    return filters.normalise(volume) if args.normalise else volume
-
-
-def same_grid(path: Path, grid: Grid) -> Tensor:
-    """A map on the grid of the result.
+def same_grid(path: Path, grid: Grid, of: str = "the result") -> Tensor:
+    """A map on the same grid as another.
 
     Raises:
         InputError: it is on another one.
@@ -97,7 +85,7 @@ def same_grid(path: Path, grid: Grid) -> Tensor:
     array, pixel_size = mrc.read_volume(path)
     own = Grid(array.shape, pixel_size)
     if not own.same(grid):
-        raise InputError(f"has {own}, the result {grid}", path, "bring both onto one grid with --pixel-size and --box")
+        raise InputError(f"has {own}, {of} {grid}", path, "bring both onto one grid with --pixel-size and --box")
     return from_numpy(array)
 
 
@@ -110,7 +98,11 @@ def check(args: argparse.Namespace, pixel_size: float, run: Run) -> None:
         raise InputError(what, remedy="the high-pass is the coarser of the two, the larger number")
     if args.lowpass and args.lowpass <= 2 * pixel_size:
         run.warn(f"--lowpass {args.lowpass:g} is finer than two pixels of {pixel_size:g} Å and does nothing of use")
-    symmetry_matrices(args.symmetry)
+    operators(args.symmetry, pixel_size)
+    if args.half_maps and not args.find_symmetry:
+        raise InputError("--half-maps is for --find-symmetry", remedy="see emc_volume --help")
+    if args.find_symmetry and args.find_symmetry.lower() != BEST_GROUP:
+        symmetry_matrices(args.find_symmetry)
 
 
 def main(args: argparse.Namespace, run: Run) -> None:
@@ -126,6 +118,8 @@ def main(args: argparse.Namespace, run: Run) -> None:
     mask = same_grid(run.input(args.mask), grid) if args.mask else None
     if mask is not None:
         postprocess.check_mask(mask, args.mask)
+    here = Grid(array.shape, pixel_size)
+    halves = [same_grid(run.input(half), here, f"{source}") for half in args.half_maps or ()]
     other = same_grid(run.input(args.compare), grid) if args.compare else None
     dtype = np.dtype(np.float16 if args.float16 else np.float32)
     voxels = math.prod(shape)
@@ -133,7 +127,10 @@ def main(args: argparse.Namespace, run: Run) -> None:
     disk = voxels * dtype.itemsize if output else None
     if run.plan(text, memory=BYTES_PER_VOXEL * max(array.size, voxels), disk=disk):
         return
-    volume = processed(from_numpy(array), pixel_size, step, args)
+    changes = Changes(**{option.name: getattr(args, option.name) for option in fields(Changes)})
+    volume, ranking = changes.changed(from_numpy(array), pixel_size, step, halves)
+    if ranking is not None:
+        run.result(f"{ranking.text()}\nthe map is {ranking.chosen} at {ranking.resolution:.1f} Å")
     if mask is not None:
         volume = volume * mask
     if other is not None:

@@ -154,6 +154,11 @@ def integers(text: str) -> tuple[int, ...]:
     return tuple(integer(part) for part in text.split(","))
 
 
+def number_or_auto(text: str) -> float | str:
+    """A number, or auto."""
+    return text if text == "auto" else number(text)
+
+
 def count_or_auto(text: str) -> int | None:
     """A whole number, 1 or more, or None for auto."""
     return None if text == "auto" else count(text)
@@ -260,15 +265,38 @@ def _option(*flags: str, **settings: Any) -> Callable[..., None]:
 
 label = _option("--label", type=label_name, metavar="L", help="name of the picks")
 set_name = _option("--set", dest="set_name", type=label_name, metavar="S", help="name of the particle set to make")
-symmetry = _option("--symmetry", default="c1", metavar="G", help="symmetry group, such as c1, c7, d2, t, o or i")
+symmetry = _option(
+    "--symmetry", default="c1", metavar="G", help="symmetry: c1, c7, d2, t, o, i ..., or helix:RISE,TWIST (Å, degrees)"
+)
 mask = _option("--mask", type=Path, metavar="MAP", help="mask, a map from 0 to 1 on the same grid")
 reference = _option("--reference", type=Path, metavar="MAP", help="reference map, white")
 box = _option("--box", type=box_size, metavar="N", help="box size in pixels, after binning")
 binning = _option("--bin", dest="binning", type=count, metavar="N", help="binning: an output pixel is N pixels wide")
 path = _option("--path", type=Path, metavar="DIR", help="folder of the run (default: the next free number)")
 output = _option("--output", type=Path, metavar="PATH", help="where the result goes")
+filter = _option(
+    "--filter",
+    choices=("spherical", "anisotropic", "local"),
+    help="weigh frequencies by the FSC of all directions, of each direction, or of each place",
+)
+bfactor = _option(
+    "--bfactor", type=number_or_auto, metavar="B",
+    help="sharpen by this B factor in Å² (negative sharpens), or auto, to fit it",
+)  # fmt: skip
+structure_factor = _option(
+    "--structure-factor", type=Path, metavar="FILE",
+    help="give the map the radial power of this map, or of a table of 1/Å and power",
+)  # fmt: skip
 lowpass = _option("--lowpass", type=positive, metavar="A", help="remove detail finer than this, in Å")
-particles = _option("--particles", metavar="P", help="particles to take: a set, a run, or a STAR file")
+resolution = _option("--resolution", type=positive, metavar="A", help="finest detail that takes part, in Å")
+find_symmetry = _option(
+    "--find-symmetry",
+    nargs="?",
+    const="auto",
+    metavar="G",
+    help="bring the axes of a group into place; 'auto': of the best",
+)
+particles = _option("--particles", metavar="P", help="particles to take as they are there: a set, a run or a STAR file")
 pixel_size = _option("--pixel-size", type=positive, metavar="A", help="pixel size in Å")
 voltage = _option("--voltage", type=positive, default=300.0, metavar="KV", help="voltage in kV")
 cs = _option("--cs", type=not_negative, default=2.7, metavar="MM", help="spherical aberration in mm")

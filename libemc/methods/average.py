@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from libemc.errors import InputError
 from libemc.methods.postprocess import GOLD_STANDARD, Resolution, half_map_resolution
 from libemc.methods.subtilts import Batch, Particles, Progress, batches_by_half, load_batch, noise_spectrum
 from libemc.numerics.slices import Accumulator, Band
-from libemc.numerics.symmetry import symmetry_matrices
+from libemc.numerics.symmetry import operators
 from libemc.numerics.threads import in_threads
 
 RUN_BELOW = 3
@@ -44,18 +44,26 @@ class HalfMaps:
     images: tuple[int, int]
 
 
-def insert_batch(accumulator: Accumulator, batch: Batch, weight: Tensor | None, operators: Tensor) -> None:
-    """Insert a batch at its rotations, once for each operator of the symmetry group.
+def insert_batch(
+    accumulator: Accumulator, batch: Batch, weight: Tensor | None, operators: tuple[Tensor, Tensor]
+) -> None:
+    """Insert a batch at its rotations, once for each operator of the symmetry.
 
     Args:
         weight: (B,) weight of each image; None: 1.
-        operators: (G, 3, 3), `symmetry_matrices`: an equivalent pose is R·S (convention 10).
+        operators: rotations (G, 3, 3) and shifts (G, 3) px of `numerics.symmetry.operators`: a particle at (R, x) is one at
+            (R·S, x + R·t) as well (convention 10).
     """
-    values, squared = batch.centred(), batch.transfer**2
-    if weight is not None:
-        values, squared = values * weight[:, None], squared * weight[:, None]
-    for operator in operators:
-        accumulator.add(values, squared, batch.matrices(batch.rotation @ operator), batch.band, batch.magnification)
+    squared = batch.transfer**2
+    weighted = batch.values if weight is None else batch.values * weight[:, None]
+    squared = squared if weight is None else squared * weight[:, None]
+    still = replace(batch, values=weighted).centred()
+    for rotation, shift in zip(*operators, strict=True):
+        values = still
+        if shift.any():
+            along = torch.einsum("bij,bj->bi", batch.matrices()[:, :2], shift.expand(len(still), 3))
+            values = replace(batch, values=weighted).centred(batch.shift + along * batch.magnification[:, None])
+        accumulator.add(values, squared, batch.matrices(batch.rotation @ rotation), batch.band, batch.magnification)
 
 
 def half_maps(
@@ -63,15 +71,17 @@ def half_maps(
     memory: int,
     symmetry: str = "c1",
     whiten: bool = True,
+    own_noise: bool = False,
     progress: Progress | None = None,
 ) -> HalfMaps:
-    """Insert all used particles of all tilt series into their half's volume.
+    """Insert all used particles of all tilt series into their half's volume, each with its weight.
 
     Args:
         series: the particles, by tilt series; one box and pixel size.
         memory: bytes that batches may take.
         symmetry: of the particle; every image is inserted once for each operator.
         whiten: divide by the noise power of each tilt series.
+        own_noise: also divide by how much each particle's own noise differs from that.
         progress: wraps the loop over the batches of a tilt series.
 
     Raises:
@@ -81,13 +91,17 @@ def half_maps(
     band = Band.of(box)
     sums = (Accumulator(box), Accumulator(box))
     counts = [0, 0]
-    operators = symmetry_matrices(symmetry)
+    rotations, shifts = operators(symmetry, box * series[0].file.pixel_size)
+    copies = (rotations, shifts / series[0].file.pixel_size)
     for particles in series:
         noise = noise_spectrum(particles, band) if whiten else None
-        for half, piece in batches_by_half(particles, particles.use, band, memory, progress, "average"):
-            batch = load_batch(particles, piece, band, noise)
+        counted = particles.use & (particles.weight > 0)
+        for half, piece in batches_by_half(particles, counted, band, memory, progress, "average"):
+            batch = load_batch(particles, piece, band, noise, own_noise)
             if len(batch.values):
-                insert_batch(sums[half - 1], batch, None, operators)
+                own = particles.weight[piece]
+                weight = None if bool((own == 1).all()) else own[batch.owner].float()
+                insert_batch(sums[half - 1], batch, weight, copies)
             counts[half - 1] += len(batch.values)
     for half, count in enumerate(counts, start=1):
         if not count:

@@ -20,7 +20,7 @@ FITTED_POINTS = 64
 
 @dataclass(frozen=True)
 class ImageTable:
-    """The used, visible images of the used particles of one tilt series, B rows: particle by particle, tilt by tilt.
+    """The used, visible images of one tilt series' particles that are used and have a weight, B rows, particle by particle.
 
     Attributes:
         particle, tilt: (B,) int64, place in the particle file, and which tilt.
@@ -72,9 +72,10 @@ def dose_bfactor(dose: Tensor, voltage: float, pixel_size: float) -> Tensor:
 
 
 def image_table(particles: Particles) -> ImageTable:
-    """The images of the used particles of one tilt series as 2-D particles."""
+    """The images of one tilt series' particles, of those that are used and have a weight, as 2-D particles."""
     series, file = particles.series, particles.file
-    index, tilt = torch.nonzero((particles.visible & series.use) & particles.use[:, None], as_tuple=True)
+    counted = particles.use & (particles.weight > 0)
+    index, tilt = torch.nonzero((particles.visible & series.use) & counted[:, None], as_tuple=True)
     matrices = series.matrices[tilt]
     rot, theta, psi = euler_from_matrix(matrices @ particles.rotation[index])
     q = torch.einsum("bij,bj->bi", matrices, (particles.xyz - particles.centre)[index])
@@ -89,7 +90,7 @@ def image_table(particles: Particles) -> ImageTable:
         rot=rot,
         tilt_angle=theta,
         psi=psi,
-        shift=q[:, :2] * series.magnification[tilt][:, None],
+        shift=(q[:, :2] + particles.drift[index, tilt]) * series.magnification[tilt][:, None],
         defocus_u=mean + astigmatism.abs(),
         defocus_v=mean - astigmatism.abs(),
         defocus_angle=angle + torch.where(turned, 90.0, 0.0),

@@ -45,7 +45,7 @@ NOISE_DEVIATIONS = 4.0
 """An automatic threshold is at least this many standard deviations of the background above it."""
 
 _HISTOGRAM_BINS = 1024
-_DEVIATION_OF_MAD = 1.4826
+DEVIATION_OF_MAD = 1.4826
 """Standard deviation of a normal variable over its median absolute deviation."""
 
 
@@ -323,6 +323,17 @@ def mirror(volume: Tensor, axis: str) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- masks
 
 
+def otsu_threshold(values: Tensor) -> float:
+    """The value that parts two classes so that the variance between them is largest (Otsu 1979); any shape."""
+    low, high = float(values.min()), float(values.max())
+    counts, width = torch.histc(values.double(), _HISTOGRAM_BINS, low, high), (high - low) / _HISTOGRAM_BINS
+    edges = low + width * (torch.arange(_HISTOGRAM_BINS, device=counts.device) + 1)
+    below, moment = counts.cumsum(0), (counts * (edges - width / 2)).cumsum(0)
+    product = below * (below[-1] - below)
+    spread = torch.where(product > 0, (moment * below[-1] - moment[-1] * below) ** 2 / product, 0.0)
+    return float(edges[spread.argmax()])
+
+
 def automatic_threshold(volume: Tensor) -> float:
     """The density that parts a particle from its surroundings: Otsu's, and well above the noise of the background.
 
@@ -334,16 +345,9 @@ def automatic_threshold(volume: Tensor) -> float:
         volume: (z, y, x) real, white; smooth it first.
     """
     values = volume.double().flatten()
-    low, high = float(values.min()), float(values.max())
-    counts, width = torch.histc(values, _HISTOGRAM_BINS, low, high), (high - low) / _HISTOGRAM_BINS
-    edges = low + width * (torch.arange(_HISTOGRAM_BINS, device=counts.device) + 1)
-    below, moment = counts.cumsum(0), (counts * (edges - width / 2)).cumsum(0)
-    product = below * (below[-1] - below)
-    spread = torch.where(product > 0, (moment * below[-1] - moment[-1] * below) ** 2 / product, 0.0)
-    best = float(edges[spread.argmax()])
     median = values.median()
-    deviation = _DEVIATION_OF_MAD * float((median - values[values <= median]).median())
-    return max(best, float(median) + NOISE_DEVIATIONS * deviation)
+    deviation = DEVIATION_OF_MAD * float((median - values[values <= median]).median())
+    return max(otsu_threshold(values), float(median) + NOISE_DEVIATIONS * deviation)
 
 
 def keep_largest(volume: Tensor, threshold: float) -> Tensor:

@@ -25,12 +25,16 @@ from libemc.records import (
     Particle,
     ParticleFile,
     ParticleTilts,
+    Subtilt,
     TiltSeriesRecord,
     image_places,
 )
 
 LEAST_NOISE = 1e-4
 """Noise power, over the median of all rings and tilts, below which a ring is taken as empty instead of noiseless."""
+
+DRIFT_DIGITS = 3
+"""Decimals of a particle's drift in Å."""
 
 SLOPE_STEP = 1.0
 """Å on each side of a point over which the slope of a deformation field is measured."""
@@ -222,6 +226,27 @@ def _lenses(particles: Sequence[Particle], series: SeriesModel) -> Tensor:
     return lenses
 
 
+def _drifts(particles: Sequence[Particle], tilts: int) -> Tensor:
+    """(N, T, 2) of `Particles.drift`; a view of zeros where no particle has any."""
+    if all(p.subtilt is None for p in particles):
+        return torch.zeros(1, 1, 1, dtype=torch.float64).expand(len(particles), tilts, 2)
+    still = (0.0,) * tilts
+    both = [(p.subtilt.dx, p.subtilt.dy) if p.subtilt else (still, still) for p in particles]
+    return torch.tensor(both, dtype=torch.float64).transpose(1, 2)
+
+
+def _with_drift(particle: Particle, drift: Tensor) -> Subtilt | None:
+    """A particle's section of corrections by tilt, with a drift (T, 2); None where there is nothing to correct."""
+    old, still = particle.subtilt, (0.0,) * len(drift)
+    if old is None and not drift.any():
+        return None
+    dx, dy = (tuple(round(v, DRIFT_DIGITS) for v in column) for column in drift.T.tolist())
+    if old is not None:
+        return old.model_copy(update={"dx": dx, "dy": dy})
+    one, none = (1.0,) * len(drift), (None,) * len(drift)
+    return Subtilt(dx=dx, dy=dy, drot=still, dtilt=still, dpsi=still, ddefocus=still, weight=one, score=none)
+
+
 @dataclass(frozen=True)
 class Particles:
     """The particles of one tilt series as arrays, with their stack: (N, ...) float64 unless said otherwise.
@@ -236,6 +261,8 @@ class Particles:
         lens: (N, T, 3) astigmatism (U-V)/2 in Å, its angle and the phase shift in degrees: the particle's, else its tilt's.
         visible: (N, T) bool.
         half: (N,) int64, 1 or 2; use: (N,) bool; score: (N,), NaN where none.
+        drift: (N, T, 2) Å by which each image shows the particle beside where its position is, before the magnification.
+        weight: (N,) in averages, 0 where left out; reason: of each, why it is not used or has no weight.
     """
 
     file: ParticleFile
@@ -251,6 +278,9 @@ class Particles:
     half: Tensor
     use: Tensor
     score: Tensor
+    weight: Tensor
+    reason: tuple[str | None, ...]
+    drift: Tensor
 
     @staticmethod
     def of(file: ParticleFile, stack: Stack) -> Particles:
@@ -273,6 +303,9 @@ class Particles:
             half=torch.tensor([p.half for p in ps], dtype=torch.long),
             use=torch.tensor([p.use for p in ps], dtype=torch.bool),
             score=torch.tensor([float("nan") if p.score is None else p.score for p in ps], dtype=torch.float64),
+            weight=torch.tensor([1.0 if p.weight is None else p.weight for p in ps], dtype=torch.float64),
+            reason=tuple(p.reason for p in ps),
+            drift=_drifts(ps, tilts),
         )
 
     def __len__(self) -> int:
@@ -290,6 +323,15 @@ class Particles:
         """The same particles, of which others (N,) bool are used."""
         return replace(self, use=use)
 
+    def weighted(self, weight: Tensor, reason: tuple[str | None, ...]) -> Particles:
+        """The same particles with other weights; those that are not used keep the reason for that."""
+        why = tuple(new if u else old for new, old, u in zip(reason, self.reason, self.use.tolist(), strict=True))
+        return replace(self, weight=weight, reason=why)
+
+    def unweighted(self) -> Particles:
+        """The same particles, all of weight 1."""
+        return self.weighted(torch.ones_like(self.weight), (None,) * len(self))
+
     def to_file(self) -> ParticleFile:
         """The record, with the present poses and scores."""
         angles = torch.stack(euler_from_matrix(self.rotation), dim=-1).tolist()
@@ -301,10 +343,20 @@ class Particles:
                     "tilt": a[1],
                     "psi": a[2],
                     "score": None if np.isnan(score) else score,
+                    "weight": None if weight == 1 else weight,
+                    "reason": reason,
+                    "subtilt": _with_drift(p, drift),
                 }
             )
-            for p, xyz, a, score in zip(
-                self.file.particles, self.xyz.tolist(), angles, self.score.tolist(), strict=True
+            for p, xyz, a, score, weight, reason, drift in zip(
+                self.file.particles,
+                self.xyz.tolist(),
+                angles,
+                self.score.tolist(),
+                self.weight.tolist(),
+                self.reason,
+                self.drift,
+                strict=True,
             )
         ]
         return self.file.model_copy(update={"particles": tuple(particles)})
@@ -345,6 +397,30 @@ class Batch:
         s = self.shift if shift is None else shift
         return self.values * slices.shift_phases(-s, self.band)
 
+    def some(self, chosen: Tensor) -> Batch:
+        """The images of some particles only, (P',) int64 in ascending order."""
+        number = torch.full((len(self.rotation),), -1)
+        number[chosen] = torch.arange(len(chosen))
+        mine = number[self.owner] >= 0
+        return Batch(
+            self.values[mine],
+            self.transfer[mine],
+            self.tilt_matrices[mine],
+            self.shift[mine],
+            self.magnification[mine],
+            number[self.owner[mine]],
+            self.tilt[mine],
+            self.rotation[chosen],
+            self.index[chosen],
+            self.band,
+        )
+
+
+def narrowed(batch: Batch, band: slices.Band) -> Batch:
+    """The same images within a smaller band."""
+    keep = batch.band.radii < band.radius
+    return replace(batch, values=batch.values[:, keep], transfer=batch.transfer[:, keep], band=band)
+
 
 def transfer_function(
     series: SeriesModel, tilt: Tensor, defocus: Tensor, lens: Tensor, band: slices.Band, pixel_size: float
@@ -378,13 +454,16 @@ def _read_images(particles: Particles, index: Tensor) -> tuple[Tensor, Tensor, T
     return torch.from_numpy(np.asarray(particles.stack[numbers], dtype=np.float32)), owner, tilt
 
 
-def load_batch(particles: Particles, index: Tensor, band: slices.Band, noise: Tensor | None = None) -> Batch:
+def load_batch(
+    particles: Particles, index: Tensor, band: slices.Band, noise: Tensor | None = None, own_noise: bool = False
+) -> Batch:
     """Read the used, visible images of some particles from the stack.
 
     Args:
         index: (P,) places in the particle file.
         band: of the particles' box.
         noise: (T, K) `noise_spectrum`, by which images are whitened; None: the noise is white already.
+        own_noise: also divide by how much each particle's own noise differs from that (`own_noise_spectrum`).
     """
     series, file = particles.series, particles.file
     images, owner, tilt = _read_images(particles, index)
@@ -392,7 +471,7 @@ def load_batch(particles: Particles, index: Tensor, band: slices.Band, noise: Te
     q = torch.einsum("bij,bj->bi", series.matrices[tilt], moved)
     defocus = particles.defocus[index][owner, tilt] + series.handedness * q[:, 2]
     lens = particles.lens[index][owner, tilt]
-    values = slices.spectra_of_images(images, band)
+    spectra = values = slices.spectra_of_images(images, band)
     weighted = series.premultiplied and noise is not None and is_dose_weighted(noise, series, band, file.pixel_size)
     if weighted:
         series = replace(series, dose_end=torch.zeros_like(series.dose_end))
@@ -402,14 +481,23 @@ def load_batch(particles: Particles, index: Tensor, band: slices.Band, noise: Te
     else:
         values = values * dose_filter(series, band, file.pixel_size)[tilt]
     if noise is not None and series.premultiplied:
-        # images times CTF times a weight w, noise power w²: the weight is the signal's too, so it stands in the transfer
-        weight = (noise / noise[series.use].mean()).sqrt().float()[tilt]
-        transfer = transfer * weight
+        # images times CTF times a weight w, noise power w² times the typical one: the weight is the signal's too, so it
+        # stands in the transfer; the typical power goes, as it does below
+        typical = float(noise[series.use].mean())
+        values = values / typical
+        transfer = transfer * (noise.sqrt() / typical).float()[tilt]
     elif noise is not None:
         values = values / noise.float()[tilt]
         transfer = transfer / noise.float().sqrt()[tilt]
+    if noise is not None and own_noise:
+        expected = noise.float()[tilt]
+        if series.premultiplied:
+            undamaged = replace(series, dose_end=torch.zeros_like(series.dose_end))
+            expected = expected * transfer_function(undamaged, tilt, defocus, lens, band, file.pixel_size) ** 2
+        excess = own_noise_spectrum(spectra, expected, owner, len(index), band)[owner]
+        values, transfer = values / excess, transfer / excess.sqrt()
     magnification = series.magnification[tilt]
-    shift = q[:, :2] * magnification[:, None] / file.pixel_size
+    shift = (q[:, :2] + particles.drift[index][owner, tilt]) * magnification[:, None] / file.pixel_size
     return Batch(
         values,
         transfer,
@@ -489,6 +577,25 @@ def noise_spectrum(particles: Particles, band: slices.Band, most: int = 64) -> T
     # a ring without power (blank images, nothing beyond a filter) must not get infinite weight
     spectrum = torch.where(spectrum > LEAST_NOISE * typical, spectrum, typical if typical > 0 else 1.0)
     return spectrum[:, rings]
+
+
+def own_noise_spectrum(spectra: Tensor, expected: Tensor, owner: Tensor, count: int, band: slices.Band) -> Tensor:
+    """Noise power of each particle over that of its tilts, on rings of one Fourier pixel: (P, K) float32, about 1.
+
+    Args:
+        spectra: (B, K) complex coefficients of the images; expected: (B, K) their noise power.
+        owner: (B,) which of the `count` particles each image is of.
+    """
+    rings = band.radii.round().long()
+    tables = []
+    for part in (spectra.abs() ** 2, expected):
+        by_particle = torch.zeros(count, len(rings)).index_add_(0, owner, part)
+        by_ring = torch.zeros(count, int(rings.max()) + 1).index_add_(1, rings, by_particle)
+        by_ring[:, 0] = 0.0  # the mean of an image is no noise
+        tables.append(_with_neighbours(by_ring))
+    excess = tables[0] / tables[1].clamp_min(1e-30)
+    # what is blank is not free of noise
+    return torch.where(excess > LEAST_NOISE, excess, torch.ones(()))[:, rings]
 
 
 def _with_neighbours(table: Tensor) -> Tensor:

@@ -282,6 +282,33 @@ def _gather(volume, half, points, rows, c, out):  # type: ignore[no-untyped-def]
 
 
 @_jit
+def _value_and_slope(volume, base, row, plane, at, c):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """(re, im) of S, S_x, S_y, S_z from the taps at `base`, `at` the fractions and the mate sign."""
+    one = at.dtype.type(1)
+    tx, ty, tz, sign = at[0], at[1], at[2], at[3]
+    y = (_tap(ty + one, c), _tap(ty, c), _tap(ty - one, c))
+    z = (_tap(tz + one, c), _tap(tz, c), _tap(tz - one, c))
+    dy = (_tap_slope(ty + one, c), _tap_slope(ty, c), _tap_slope(ty - one, c))
+    dz = (_tap_slope(tz + one, c), _tap_slope(tz, c), _tap_slope(tz - one, c))
+    x0, x1, x2 = _tap(tx + one, c), _tap(tx, c), _tap(tx - one, c)
+    u0, u1, u2 = _tap_slope(tx + one, c), _tap_slope(tx, c), _tap_slope(tx - one, c)
+    s = _row_sum(volume, 2 * base, 2 * row, 2 * plane, y, z)
+    sy = _row_sum(volume, 2 * base, 2 * row, 2 * plane, dy, z)
+    sz = _row_sum(volume, 2 * base, 2 * row, 2 * plane, y, dz)
+    # at the mate the point moves the other way (sign), and the value is conjugated (sign again)
+    return (
+        x0 * s[0] + x1 * s[2] + x2 * s[4],
+        sign * (x0 * s[1] + x1 * s[3] + x2 * s[5]),
+        sign * (u0 * s[0] + u1 * s[2] + u2 * s[4]),
+        u0 * s[1] + u1 * s[3] + u2 * s[5],
+        sign * (x0 * sy[0] + x1 * sy[2] + x2 * sy[4]),
+        x0 * sy[1] + x1 * sy[3] + x2 * sy[5],
+        sign * (x0 * sz[0] + x1 * sz[2] + x2 * sz[4]),
+        x0 * sz[1] + x1 * sz[3] + x2 * sz[5],
+    )
+
+
+@_jit
 def _gather_slope(volume, half, points, rows, c, out):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """As `_gather`, with the derivatives by the coordinates of the point: out[b, k] = (re, im) of S, S_x, S_y, S_z."""
     count = points.shape[1]
@@ -289,7 +316,6 @@ def _gather_slope(volume, half, points, rows, c, out):  # type: ignore[no-untype
     plane = row * (2 * half + 1)
     base = np.empty(BLOCK, np.int64)
     frac = np.empty((4, BLOCK), rows.dtype)
-    one = rows.dtype.type(1)
     for sweep in range(0, count, SWEEP):
         for b in range(rows.shape[0]):
             for first in range(sweep, min(count, sweep + SWEEP), BLOCK):
@@ -299,26 +325,74 @@ def _gather_slope(volume, half, points, rows, c, out):  # type: ignore[no-untype
                     if frac[3, j] == 0:
                         out[b, 8 * (first + j) : 8 * (first + j) + 8] = 0
                         continue
-                    tx, ty, tz, sign = frac[0, j], frac[1, j], frac[2, j], frac[3, j]
-                    y = (_tap(ty + one, c), _tap(ty, c), _tap(ty - one, c))
-                    z = (_tap(tz + one, c), _tap(tz, c), _tap(tz - one, c))
-                    dy = (_tap_slope(ty + one, c), _tap_slope(ty, c), _tap_slope(ty - one, c))
-                    dz = (_tap_slope(tz + one, c), _tap_slope(tz, c), _tap_slope(tz - one, c))
-                    x0, x1, x2 = _tap(tx + one, c), _tap(tx, c), _tap(tx - one, c)
-                    u0, u1, u2 = _tap_slope(tx + one, c), _tap_slope(tx, c), _tap_slope(tx - one, c)
-                    s = _row_sum(volume, 2 * base[j], 2 * row, 2 * plane, y, z)
-                    sy = _row_sum(volume, 2 * base[j], 2 * row, 2 * plane, dy, z)
-                    sz = _row_sum(volume, 2 * base[j], 2 * row, 2 * plane, y, dz)
+                    value = _value_and_slope(volume, base[j], row, plane, frac[:, j], c)
                     k = 8 * (first + j)
-                    out[b, k] = x0 * s[0] + x1 * s[2] + x2 * s[4]
-                    out[b, k + 1] = sign * (x0 * s[1] + x1 * s[3] + x2 * s[5])
-                    # at the mate the point moves the other way (sign), and the value is conjugated (sign again)
-                    out[b, k + 2] = sign * (u0 * s[0] + u1 * s[2] + u2 * s[4])
-                    out[b, k + 3] = u0 * s[1] + u1 * s[3] + u2 * s[5]
-                    out[b, k + 4] = sign * (x0 * sy[0] + x1 * sy[2] + x2 * sy[4])
-                    out[b, k + 5] = x0 * sy[1] + x1 * sy[3] + x2 * sy[5]
-                    out[b, k + 6] = sign * (x0 * sz[0] + x1 * sz[2] + x2 * sz[4])
-                    out[b, k + 7] = x0 * sz[1] + x1 * sz[3] + x2 * sz[5]
+                    for i in range(8):
+                        out[b, k + i] = value[i]
+
+
+@_jit
+def _fit(volume, half, points, rows, c, wave_x, wave_y, values, weights, out):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Adds to out[b] the sums of `fit_sums`; volume and values interleaved (re, im), waves (B, 2·n) likewise.
+
+    wave_x[b] holds the phase factors of k_x = 0, 1, ..., wave_y[b] those of k_y = -n/2, ..., n/2.
+    """
+    count = points.shape[1]
+    row = half + 4
+    plane = row * (2 * half + 1)
+    base = np.empty(BLOCK, np.int64)
+    frac = np.empty((4, BLOCK), rows.dtype)
+    re, im = np.empty((6, BLOCK), rows.dtype), np.empty((6, BLOCK), rows.dtype)  # the slice, then its five derivatives
+    wre, wim = np.empty((6, BLOCK), rows.dtype), np.empty((6, BLOCK), rows.dtype)
+    dre, dim = np.empty(BLOCK, rows.dtype), np.empty(BLOCK, rows.dtype)
+    middle = wave_y.shape[1] // 4
+    for sweep in range(0, count, SWEEP):
+        for b in range(rows.shape[0]):
+            m = rows[b]
+            for first in range(sweep, min(count, sweep + SWEEP), BLOCK):
+                last = min(count, first + BLOCK)
+                _locate(volume, 2, half, points, m, first, last, base, frac)
+                size = last - first
+                for j in range(size):
+                    if frac[3, j] == 0:
+                        dre[j], dim[j] = 0, 0
+                        for i in range(6):
+                            re[i, j], im[i, j], wre[i, j], wim[i, j] = 0, 0, 0, 0
+                        continue
+                    value = _value_and_slope(volume, base[j], row, plane, frac[:, j], c)
+                    vr, vi, xr, xi, yr, yi, zr, zi = value
+                    # the same in the frame of the image: M·gradient
+                    ar, ai = m[0, 0] * xr + m[0, 1] * yr + m[0, 2] * zr, m[0, 0] * xi + m[0, 1] * yi + m[0, 2] * zi
+                    br, bi = m[1, 0] * xr + m[1, 1] * yr + m[1, 2] * zr, m[1, 0] * xi + m[1, 1] * yi + m[1, 2] * zi
+                    gr, gi = m[2, 0] * xr + m[2, 1] * yr + m[2, 2] * zr, m[2, 0] * xi + m[2, 1] * yi + m[2, 2] * zi
+                    k = first + j
+                    kx, ky = points[0, k], points[1, k]
+                    re[0, j], im[0, j] = vr, vi
+                    re[1, j], im[1, j] = -gr * ky, -gi * ky
+                    re[2, j], im[2, j] = gr * kx, gi * kx
+                    re[3, j], im[3, j] = ar * ky - br * kx, ai * ky - bi * kx
+                    re[4, j], im[4, j] = vi * kx, -vr * kx
+                    re[5, j], im[5, j] = vi * ky, -vr * ky
+                    w = weights[b, k]
+                    for i in range(6):
+                        wre[i, j], wim[i, j] = w * re[i, j], w * im[i, j]
+                    px, py = 2 * np.int64(kx), 2 * (np.int64(ky) + middle)
+                    pr = wave_x[b, px] * wave_y[b, py] - wave_x[b, px + 1] * wave_y[b, py + 1]
+                    pi = wave_x[b, px] * wave_y[b, py + 1] + wave_x[b, px + 1] * wave_y[b, py]
+                    qr, qi = values[b, 2 * k], values[b, 2 * k + 1]
+                    dre[j], dim[j] = qr * pr - qi * pi, qr * pi + qi * pr
+                place = 6
+                for i in range(6):
+                    total = rows.dtype.type(0)
+                    for j in range(size):
+                        total += dre[j] * re[i, j] + dim[j] * im[i, j]
+                    out[b, i] += total
+                    for h in range(i + 1):
+                        total = rows.dtype.type(0)
+                        for j in range(size):
+                            total += wre[i, j] * re[h, j] + wim[i, j] * im[h, j]
+                        out[b, place] += total
+                        place += 1
 
 
 @_jit
@@ -477,6 +551,24 @@ def torch_gather(volume: Tensor, half: int, points: Tensor, matrices: Tensor, sl
     return torch.stack([value, *derivative], dim=-1)
 
 
+def torch_fit_sums(
+    volume: Tensor, half: int, points: Tensor, matrices: Tensor, values: Tensor, weights: Tensor, turns: Tensor
+) -> Tensor:
+    """`fit_sums` in portable torch operations (any device); the oracle of the compiled one."""
+    read = torch_gather(volume, half, points, matrices, slope=True)
+    value, gradient = read[..., 0], torch.einsum("bij,bkj->bki", matrices.to(volume.dtype), read[..., 1:])
+    kx, ky = points[0], points[1]
+    a, b, g = gradient.unbind(-1)
+    columns = [value, -g * ky, g * kx, a * ky - b * kx, value * (-1j * kx), value * (-1j * ky)]
+    j = torch.stack(columns, dim=1).to(torch.complex128)  # (B, 6, K)
+    angle = 2 * torch.pi * (turns.double() @ torch.stack([kx, ky]).double())
+    data = values.to(torch.complex128) * torch.polar(torch.ones_like(angle), angle)
+    cross = (data[:, None].conj() * j).real.sum(-1)
+    normal = ((j * weights[:, None].double()) @ j.conj().transpose(1, 2)).real
+    lower = torch.tril_indices(6, 6, device=volume.device)
+    return torch.cat([cross, normal[:, lower[0], lower[1]]], dim=1)
+
+
 def torch_scatter(volume: Tensor, half: int, points: Tensor, matrices: Tensor, values: Tensor) -> None:
     """`scatter` in portable torch: adds (B, K) complex values, or (B, K, 4) real (re, im, weight, 0) ones, in place."""
     base, sign, (wx, wy, wz), _ = _torch_taps(half, points, matrices, slope=False)
@@ -606,6 +698,43 @@ def gather(volume: Tensor, half: int, points: Tensor, matrices: Tensor, slope: b
     threads = torch.get_num_threads() if images * count >= LEAST_WORK else 1
     _in_threads(lambda part: kernel(v, half, k, r[part], c, o[part]), _shares(images, threads))
     return out
+
+
+def fit_sums(
+    volume: Tensor, half: int, points: Tensor, matrices: Tensor, values: Tensor, weights: Tensor, turns: Tensor
+) -> Tensor:
+    """Sums over each image that a least-squares fit of its slice needs, without the Jacobian ever being stored.
+
+    The six columns of J are the slice S and its derivatives by the image's own five parameters: a turn about the image's
+    x, y, z (radians, of what is seen), and a shift of what is seen along x, y, in units of box / 2π.
+
+    Args:
+        volume, points, matrices: as of `gather`, with integer k.
+        values: (B, K) complex data d; weights: (B, K) real w.
+        turns: (B, 2) how far the data are brought back before they are compared, over the box: d·exp(2πi k·turns).
+
+    Returns:
+        (B, 27) float64: Re Σ d*·J_i for i = 0 ... 5, then Re Σ w J_i·J_h* for i = 0 ... 5, h <= i.
+    """
+    if volume.device.type != "cpu":
+        return torch_fit_sums(volume, half, points, matrices, values, weights, turns)
+    images, count = matrices.shape[0], points.shape[1]
+    reach = int(points[:2].abs().max()) if count else 0
+    line = torch.arange(-reach, reach + 1, dtype=torch.float64)
+
+    def waves(turn: Tensor, k: Tensor) -> np.ndarray[Any, Any]:
+        angle = 2 * torch.pi * turn.double()[:, None] * k
+        return torch.stack([angle.cos(), angle.sin()], dim=-1).reshape(images, -1).to(matrices.dtype).numpy()
+
+    wave_x, wave_y = waves(turns[:, 0], line[reach:]), waves(turns[:, 1], line)
+    out = np.zeros((images, 27))
+    v = torch.view_as_real(volume.contiguous()).reshape(-1).numpy()
+    d = torch.view_as_real(values.contiguous()).reshape(images, 2 * count).numpy()
+    w, c = weights.contiguous().numpy(), _constants(matrices.dtype)
+    k, r = points.contiguous().numpy(), matrices.contiguous().numpy()
+    threads = torch.get_num_threads() if images * count >= LEAST_WORK else 1
+    _in_threads(lambda p: _fit(v, half, k, r[p], c, wave_x[p], wave_y[p], d[p], w[p], out[p]), _shares(images, threads))
+    return torch.from_numpy(out)
 
 
 def _add_in_rings(

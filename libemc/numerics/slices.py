@@ -239,6 +239,52 @@ def extract_slices_with_slopes(volume: FourierVolume, matrices: Tensor, band: Ba
     return out[..., 0], out[..., 1:] * volume.scale
 
 
+@dataclass(frozen=True)
+class FitSums:
+    """Sums over each image for a least-squares fit of its slice S, float64.
+
+    The columns are S and its derivatives by five parameters of the image: a turn of what it shows about its x, y, z
+    (radians), and a shift along its x, y (in units of box / 2π pixels).
+
+    Attributes:
+        cross: (B, 6) Re Σ d*·J_i, d the data.
+        normal: (B, 6, 6) Re Σ w J_i J_h*.
+    """
+
+    cross: Tensor
+    normal: Tensor
+
+
+def fit_sums(
+    volume: FourierVolume,
+    matrices: Tensor,
+    band: Band,
+    values: Tensor,
+    weights: Tensor,
+    shift: Tensor,
+    magnification: Tensor | None = None,
+) -> FitSums:
+    """How images compare with the slices that they should be, and how that changes with each image's pose.
+
+    Args:
+        matrices: (B, 3, 3) M; magnification: (B,), as for `extract_slices`.
+        values: (B, K) complex, data times their weight.
+        weights: (B, K) real.
+        shift: (B, 2) pixels: where the image shows the origin of the map; the data are brought back by it.
+    """
+    _check_band(band, volume.box, volume.radius)
+    real = volume.data.real.dtype
+    scaled = _scaled(matrices, volume.scale, magnification, real)
+    turns = shift.double() / band.box
+    data, w = values.to(volume.data.dtype), weights.to(real)
+    sums = kernels.fit_sums(volume.data, volume.half, band.points(real), scaled, data, w, turns)
+    normal = torch.zeros(len(sums), 6, 6, dtype=sums.dtype, device=sums.device)
+    row, column = torch.tril_indices(6, 6, device=sums.device)
+    normal[:, row, column] = sums[:, 6:]
+    normal[:, column, row] = sums[:, 6:]
+    return FitSums(sums[:, :6], normal)
+
+
 def sample_points(volume: FourierVolume, matrices: Tensor, points: Tensor) -> Tensor:
     """The transform of the map rotated by each matrix, at a list of points in space.
 

@@ -398,11 +398,13 @@ class Particle(Section):
     """By id; never changes."""
     class_: int = 0
     score: float | None = None
+    weight: Annotated[float, Field(ge=0)] | None = None
+    """In averages; absent: 1; 0: left out, for the reason given."""
     z: float | None = None
     """The z-value of its pick; absent where the pick has none."""
     use: bool = True
     reason: str | None = None
-    """Why it is not used."""
+    """Why it is not used, or has no weight."""
     parent: str | None = None
     """The id in the parent set, where it is another."""
     image: NonNegativeInt | None = None

@@ -92,13 +92,13 @@ def fsc_plot(
     lowest = min((float(np.min(values)) for values in curves.values()), default=0.0)
     axes.set(xlim=(0.0, k[-1]), ylim=(max(-1.05, min(-0.1, lowest - 0.05)), 1.05))
     axes.set(xlabel="spatial frequency (1/Å)", ylabel="Fourier shell correlation")
-    _angstrom_axis(axes, float(k[-1]))
+    angstrom_axis(axes, float(k[-1]))
     axes.legend(frameon=False, loc="upper right")
     axes.set_title(title)
     save(figure, path)
 
 
-def _angstrom_axis(axes: Axes, highest: float) -> None:
+def angstrom_axis(axes: Axes, highest: float) -> None:
     """A second axis along the top of frequencies: the same places as resolutions in Å."""
     top = axes.secondary_xaxis("top")
     ticks = resolution_ticks(highest)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -69,15 +71,28 @@ def particle_file(count: int, box: int, pixel_size: float, seed: int = 0, tilts:
 
 
 def particle_set(
-    density: torch.Tensor, count: int, pixel_size: float, noise: float, seed: int = 0, **more: int
+    density: torch.Tensor,
+    count: int,
+    pixel_size: float,
+    noise: float,
+    seed: int = 0,
+    path: torch.Tensor | None = None,
+    **more: int,
 ) -> subtilts.Particles:
-    """The set with its images: predictions of the forward model plus white noise of `noise` times the signal's rms."""
+    """The set with its images: predictions of the forward model plus white noise of `noise` times the signal's rms.
+
+    With a path (count, T, 3) Å each image shows its particle displaced by it, of which the set knows nothing.
+    """
     box = density.shape[-1]
     file = particle_file(count, box, pixel_size, seed, **more)
     tilts = len(file.tilts.tilt)
     empty = subtilts.Particles.of(file, np.zeros((count * tilts, box, box), np.float32))
     band, volume = Band.of(box), FourierVolume.from_map(density)
-    batch = subtilts.load_batch(empty, torch.arange(count), band)
+    if path is not None:
+        drift = torch.einsum("tij,ptj->pti", empty.series.matrices[:, :2], path.double())
+        batch = subtilts.load_batch(replace(empty, drift=drift), torch.arange(count), band)
+    else:
+        batch = subtilts.load_batch(empty, torch.arange(count), band)
     t = tilt_matrices(*(torch.tensor(v).double() for v in (file.tilts.axis, file.tilts.tilt, file.tilts.xtilt)))[
         batch.tilt
     ]
@@ -90,3 +105,18 @@ def particle_set(
     stack = np.zeros((count * tilts, box, box), np.float16)
     stack[(batch.index[batch.owner] * tilts + batch.tilt).numpy()] = images.numpy()
     return subtilts.Particles.of(file, stack)
+
+
+def premultiplied(particles: subtilts.Particles) -> subtilts.Particles:
+    """The same set with images times their CTF, and marked as such."""
+    band, tilts = Band.of(particles.file.box), len(particles.series.use)
+    undamaged = replace(particles.series, dose_end=torch.zeros_like(particles.series.dose_end))
+    stack = np.zeros_like(particles.stack)
+    for i in range(len(particles)):
+        images = torch.from_numpy(particles.stack[i * tilts : (i + 1) * tilts]).float()
+        ctf = subtilts.transfer_function(
+            undamaged, torch.arange(tilts), particles.defocus[i], particles.lens[i], band, particles.file.pixel_size
+        )
+        values = slices.spectra_of_images(images, band) * ctf
+        stack[i * tilts : (i + 1) * tilts] = slices.images_from_band(values, band).numpy()
+    return subtilts.Particles.of(particles.file.model_copy(update={"ctf_premultiplied": True}), stack)

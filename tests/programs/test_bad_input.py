@@ -240,7 +240,24 @@ def another_set(_: pytest.MonkeyPatch) -> None:
         file.write_text(json.dumps(content))
 
 
+def swap_halves(content: dict[str, Any]) -> None:
+    for particle in content["particles"]:
+        particle["half"] = 3 - particle["half"]
+
+
+def everyone_else(path: str) -> Prepare:
+    """Other ids for all particles of a file."""
+
+    def change(content: dict[str, Any]) -> None:
+        for number, particle in enumerate(content["particles"]):
+            particle["id"] = f"{content['name']}.{900 + number:06d}"
+
+    return record(path, change)
+
+
 CUBE, ONES = blobs_map(24), np.ones((24, 24, 24))
+CORNER, BALL = np.zeros((24, 24, 24)), np.zeros((24, 24, 24))
+CORNER[:3, :3, :3], BALL[10:15, 10:15, 10:14] = 1, 1
 HOLE = np.where(CUBE > 0.5, np.nan, CUBE)
 EXTRACT = "emc_extract TS_01 --label ribo --set new --box 24 --quiet"
 AGAIN = "emc_extract TS_01 --label ribo --set ribo --box 24 --quiet"
@@ -394,6 +411,45 @@ CASES = {
     ),
     "refine: disk full": case(REFINE, FULL, "spt_01/", "no space left"),
     "refine: NaN for a number": case(REFINE.replace("14", "nan"), None, "--startres", "not finite"),
+    "refine: no tilt, some tilt": case(f"{REFINE} --in-plane-only --max-tilt 10", None, "--in-plane-only", "--max-tilt 10"),
+    "refine: turns by nothing": case(f"{REFINE} --max-angle 0", None, "--max-angle", "not above zero"),
+    "refine: a shift below zero": case(f"{REFINE} --max-shift=-3", None, "--max-shift", "below zero"),
+    "refine: keeps nobody": case(f"{REFINE} --keep 0", None, "--keep", "leaves nothing"),
+    "refine: keeps more than all": case(f"{REFINE} --keep 1.5", None, "--keep", "from 0 to 1"),
+    "refine: unknown filter": case(f"{REFINE} --filter round", None, "--filter", "spherical"),
+    "refine: unknown symmetry": case(f"{REFINE} --symmetry q7", None, "q7", "cN"),
+    "refine: a helix that does not rise": case(f"{REFINE} --symmetry helix:0,20", None, "rise is not above 0"),
+    "refine: no focus": case(f"{REFINE} --focus none.mrc", None, "none.mrc", "no such file"),
+    "refine: focus of another box": case(
+        f"{REFINE} --focus m.mrc", volume("m.mrc", ONES[:20, :20, :20]), "m.mrc", "emc_mask",
+    ),
+    "refine: focus of NaN": case(f"{REFINE} --focus m.mrc", volume("m.mrc", HOLE), "m.mrc", "not finite"),
+    "refine: focus to 5": case(f"{REFINE} --focus m.mrc", volume("m.mrc", 5 * CUBE), "m.mrc", "from 0 to 1"),
+    "refine: focus on nothing": case(
+        f"{REFINE} --focus m.mrc", both(volume("m.mrc", CORNER), volume("ref.mrc", BALL)), "the reference", "--focus",
+    ),
+    "refine: one particle": case(REFINE, both(*(put(FILE, "particles", i, "use", value=False) for i in (1, 2, 3))), "ribo",
+                                 "has no images", "use more particles"),
+    "refine: no particles": case(REFINE, everyone("use", False), "ribo", "no particles to use"),
+    "refine: never seen": case(REFINE, everyone("visible", [0] * 5), "ribo", "half 1 has no images"),
+    "refine: all tilts out": case(REFINE, put(FILE, "tilts", "use", value=[False] * 5), "ribo", "half 1 has no images"),
+    "refine: no such set": case(REFINE.replace("refine ribo", "refine rib"), None, "rib", "there are the sets ribo"),
+    "refine: poses of no run": case(f"{REFINE} --particles spt_07", None, "spt_07"),
+    "refine: poses of others": case(
+        f"{REFINE} --particles spt_00", everyone_else("particles/ribo/TS_01.json"), "spt_00", "none of these particles",
+    ),
+    "refine: poses of the other half": case(
+        f"{REFINE} --particles spt_00", record("spt_00/particles/TS_01.json", swap_halves), "spt_00", "same halves",
+    ),
+    "refine: resume with a share": case(f"{RESUME} --keep 0.8", None, "spt_00/run.json", "keep", "same options"),
+    "refine: resume with limits": case(f"{RESUME} --max-angle 9", None, "spt_00/run.json", "max_angle", "same options"),
+    "refine: resume with own noise": case(f"{RESUME} --own-noise", None, "spt_00/run.json", "own_noise", "same options"),
+    "refine: resume at rest": case(f"{RESUME} --no-motion", None, "spt_00/run.json", "no_motion", "same options"),
+    "refine: resume with a seed": case(f"{RESUME} --seed 4", None, "spt_00/run.json", "seed", "same options"),
+    "refine: resume with symmetry": case(f"{RESUME} --symmetry c2", None, "spt_00/run.json", "symmetry", "same options"),
+    "refine: resume with a focus": case(
+        f"{RESUME} --focus mask.mrc", None, "spt_00/run.json", "focus", "same options",
+    ),
     # selection
     "select: nothing": case("emc_select --set new", None, "particle sets", "--label"),
     "select: sets and picks": case(f"{SELECT} --label ribo", None, "particle sets", "--label"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import emc_average
+import emc_fsc
 from tests.by_hand import PIXEL, HandSeries, blobs_map, mrc_bytes, shell_correlation
 from tests.programs.sets import extracted_by_hand
 
@@ -73,7 +75,10 @@ def test_record_of_the_run(here: Path) -> None:
     assert ran("ribo", "--seed", 7, "--path", "mine") == 0
     run = json.loads(Path("mine/run.json").read_text())
     assert run["kind"] == "run" and run["program"] == "emc_average" and run["seed"] == 7 and run["stopped_at"] is None
-    assert run["options"] == {"set_or_run": "ribo", "symmetry": "c1", "class": None, "mask": None}
+    assert run["options"] == {
+        "set_or_run": "ribo", "symmetry": "c1", "class": None, "weights": "run", "mask": None, "filter": None,
+        "bfactor": None, "structure_factor": None,
+    }  # fmt: skip
     (source,) = run["inputs"]
     assert source["path"] == "particles/ribo/particles.json" and source["size"] == Path(source["path"]).stat().st_size
     (entry,) = run["history"]
@@ -112,6 +117,69 @@ def test_class_and_unused_particles(here: Path, capsys: pytest.CaptureFixture[st
     assert Path("both/average.mrc").read_bytes() == Path("avg_01/average.mrc").read_bytes()
     one, mixed = (shell_correlation(mrcfile.read(f"avg_0{i}/average.mrc"), blobs_map(32))[2:5].mean() for i in (0, 1))
     assert one > 0.9 and one > mixed + 0.05
+
+
+def test_weights_of_a_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Particles at wrong poses have no weight, or little: with the run's weights the map is good, without them it isn't.
+
+    Of weight 0 they are left out, to the last bit as if they were not used.
+    """
+
+    def change(i: int, particle: dict) -> None:
+        if i >= 10:
+            particle["rot"] += 90.0
+            particle["weight"] = 0.0
+
+    change_particles(change)
+    assert ran("ribo") == 0 and ran("ribo", "--weights", "none") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "10 particles" in lines[0] and "16 particles" in lines[1]
+    good, mixed = (shell_correlation(mrcfile.read(f"avg_0{i}/average.mrc"), blobs_map(32))[2:5].mean() for i in (0, 1))
+    assert good > 0.9 and good > mixed + 0.05
+    change_particles(lambda i, particle: particle.update(use=i < 10, weight=None))
+    assert ran("ribo", "--quiet") == 0
+    assert Path("avg_00/average.mrc").read_bytes() == Path("avg_02/average.mrc").read_bytes()
+    change_particles(lambda i, particle: particle.update(use=True, weight=0.1 if i >= 10 else 1.0))
+    assert ran("ribo", "--quiet") == 0
+    little = shell_correlation(mrcfile.read("avg_03/average.mrc"), blobs_map(32))[2:5].mean()
+    assert mixed < little < good
+
+
+def test_the_sharpened_average(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each shell of the average times exp(-B k²/4); the average itself is the same as without."""
+    assert ran("ribo", "--quiet") == 0 and ran("ribo", "--bfactor", "-400") == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("; B factor -400 Å²")
+    assert {p.name for p in Path("avg_01").iterdir() if not p.name.startswith(".")} == FILES | {"sharpened.mrc"}
+    plain, sharp = mrcfile.read("avg_01/average.mrc"), mrcfile.read("avg_01/sharpened.mrc")
+    assert (plain == mrcfile.read("avg_00/average.mrc")).all()
+    spectra = [np.fft.rfftn(v.astype(float)) for v in (plain, sharp)]
+    for shell in (3, 6, 9, 12):
+        gain = math.exp(100 * (shell / (32 * PIXEL)) ** 2)
+        assert spectra[1][0, 0, shell] == pytest.approx(gain * spectra[0][0, 0, shell], rel=1e-3)
+    content = json.loads(Path("avg_01/fsc.json").read_text())
+    assert content["b_factor"] == -400 and "b_factor" not in json.loads(Path("avg_00/fsc.json").read_text())
+    options = json.loads(Path("avg_01/run.json").read_text())["options"]
+    assert options["bfactor"] == -400 and options["weights"] == "run"
+
+
+@pytest.mark.parametrize("kind", ["spherical", "anisotropic", "local"])
+def test_the_filtered_average_is_that_of_emc_fsc(here: Path, kind: str) -> None:
+    """filtered.mrc and sharpened.mrc, as emc_fsc makes them of the half maps, the mask and the seed of the run."""
+    Path("aim.mrc").write_bytes(mrc_bytes(blobs_map(32), PIXEL, stack=False))
+    halves = ["avg/half1.mrc", "avg/half2.mrc", "--mask", "avg/mask.mrc", "--filter", kind, "--seed", "5", "--quiet"]
+    for name, more in (("filtered", []), ("sharpened", ["--structure-factor", "aim.mrc"])):
+        assert ran("ribo", "--filter", kind, *more, "--path", "avg", "--seed", 5, "--quiet") == 0
+        assert emc_fsc.program.main([*halves, *more, "--output", name]) == 0
+        found, other = mrcfile.read(f"avg/{name}.mrc"), mrcfile.read(f"{name}/filtered.mrc")
+        np.testing.assert_allclose(found, other, atol=1e-4 * abs(other).max())  # halves went through float32
+    assert not (mrcfile.read("avg/filtered.mrc") == mrcfile.read("avg/sharpened.mrc")).all()
+
+
+def test_two_contrasts_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("aim.mrc").write_bytes(mrc_bytes(blobs_map(32), PIXEL, stack=False))
+    assert ran("ribo", "--bfactor", "auto", "--structure-factor", "aim.mrc") == 2
+    assert "--bfactor, --structure-factor: both give the map its contrast; give one of them" in capsys.readouterr().err
+    assert not Path("avg_00").exists()
 
 
 def test_symmetry(here: Path) -> None:

@@ -54,22 +54,21 @@ def row(text: str, start: str) -> list[str]:
 
 
 def first_number(cell: str) -> float:
-    return float(cell.split()[0].rstrip("°"))
+    return float(cell.split()[0].rstrip("°,"))
 
 
 def test_what_comes_out_is_near_the_truth(quick: tuple[Path, str]) -> None:
-    """12 particles of 21 tilts at 6 Å. Limits are twice the spread of five seeds: resolution with true poses 25 to 29 Å,
-    found 0.93 to 1.08 of it; positions 1.5 to 3.5 Å, orientations 0.9 to 1.4°; alignment 3 to 7 Å
-    by the coarse stage alone."""
+    """From 16 particles of 21 tilts at 6 Å and no truth at all: a model, and with it nearly all of the particles, the right way
+    round. The alignment is that of the coarse stage alone."""
     _, text = quick
-    best, found = (first_number(cell) for cell in row(text, "resolution against the true map"))
-    assert 20 < best < 40 and found < 1.2 * best
-    assert row(text, "hand") == ["right", "right", "right"]
-    assert row(text, "particles found") == ["12", "12, and 0 wrong"]
-    assert first_number(row(text, "positions")[-1]) < 6.0
-    assert first_number(row(text, "orientations (picked")[-1]) < 2.5
+    assert row(text, "hand") == ["right", "right"]
+    there, found = row(text, "particles found")
+    assert there == "16" and first_number(found) >= 13 and found.endswith("and 0 wrong")
+    assert first_number(row(text, "refined positions")[-1]) < 12.0
+    assert first_number(row(text, "refined orientations")[-1]) < 4.0
     right, _, of_all = row(text, "orientations within")[-1].split()
-    assert int(of_all) == 12 and int(right) >= int(of_all) - 1
+    assert int(right) >= int(of_all) - 2
+    assert 12 <= first_number(row(text, "resolution against the true map")[-1]) < 45
     assert first_number(row(text, "demo_01, alignment")[-1]) < 13.0
 
 
@@ -80,7 +79,7 @@ def test_every_program_takes_part_and_the_commands_are_kept(quick: tuple[Path, s
     programs = {file.stem for file in Path(emc_demo.__file__).parent.glob("emc_*.py")}
     assert {line.split()[0] for line in kept} == programs - {"emc_demo"}
     again = (folder / "again.sh").read_text()
-    assert "emc_refine good --reference reference.mrc" in again and "raw/demo_01.mrc" in again
+    assert "emc_refine good --reference sgd_00/class1.mrc" in again and "raw/demo_01.mrc" in again
     for picture in re.findall(r"^    (\S+\.png)$", text, re.MULTILINE):
         assert (folder.parent / picture).read_bytes().startswith(b"\x89PNG")
     assert {"average.png", "fsc.png", "demo_01_bin2.png"} <= {path.name for path in folder.rglob("*.png")}
@@ -90,13 +89,11 @@ def test_numbers_of_the_table_are_those_of_the_files(quick: tuple[Path, str]) ->
     """The library's comparison, called on the project as anyone may, and a rigid motion that does not count."""
     folder, text = quick
     truths = {"demo_01": folder / "raw/demo_01_truth.json"}
-    errors = comparison.pose_errors("spt_00", truths, 60.0, folder)
-    assert f"{errors.distance.median():.1f} Å" == row(text, "positions")[-1]
-    assert (
-        comparison.alignment_error("demo_01", truths["demo_01"], folder).rms < 0.01
-    )  # true, to 5 decimals of the file
-    true_poses = comparison.pose_errors("true", truths, 60.0, folder)
-    assert float(true_poses.angle.max()) < 1e-2 and float(true_poses.distance.max()) < 1e-2
+    claimed = json.loads((folder / "fsc/fsc.json").read_text())["resolution"]
+    true_map = folder / "raw/demo_01_map.mrc"
+    like = comparison.overlaid(folder / "spt_00", true_map, folder / "mask.mrc", claimed)
+    errors = comparison.pose_errors("spt_00", truths, 60.0, like, folder)
+    assert f"{errors.distance.median():.1f} Å" == row(text, "refined positions")[-1]
     record = records.load_tiltseries("demo_01", folder)
     found = TiltGeometry.of(records.need(record, "alignment"), record.tilts.use)
     known = json.loads(truths["demo_01"].read_text())

@@ -135,6 +135,14 @@ def test_another_grid_has_to_be_asked_for(maps: Path, capsys: pytest.CaptureFixt
     assert np.allclose(a[:10], b[:10], atol=2e-3)  # within the signal's band; its sphere fades out inside both boxes
 
 
+def test_a_b_factor_that_cannot_be_fitted_is_refused(maps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The signal ends at 20 Å."""
+    assert emc_fsc.program.main(["half1.mrc", "half2.mrc", "--mask", "mask.mrc", "--bfactor", "auto"]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "--bfactor: a B factor can't be fitted: between 10 Å and the resolution of" in err and "0 shells" in err
+    assert not Path("fsc.json").exists()
+
+
 def test_equal_halves_are_said_to_be_limited_by_their_pixels(maps: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("copy.mrc").write_bytes(Path("half1.mrc").read_bytes())
     assert emc_fsc.program.main(["half1.mrc", "copy.mrc"]) == 0
@@ -153,6 +161,11 @@ def test_equal_halves_are_said_to_be_limited_by_their_pixels(maps: Path, capsys:
          "long.mrc: is not a cube but 4 x 8 x 8 voxels of 4 Å; cut or pad it with emc_volume --box"),
         (["half1.mrc", "half2.mrc", "--output", "taken"],
          "taken/fsc.json: exists, and emc_fsc did not write it; give --overwrite to replace it"),
+        (["half1.mrc", "half2.mrc", "--model", "--local-resolution"],
+         "--model: has no halves to filter, or to find directions and places in; give half maps"),
+        (["half1.mrc", "half2.mrc", "--bfactor", "-5", "--structure-factor", "flat.mrc"],
+         "--bfactor, --structure-factor: both give the map its contrast; give one of them"),
+        (["half1.mrc", "half2.mrc", "--mtf-pixel-size", "2"], "--mtf-pixel-size: is of an MTF; give --mtf-file, or leave it out"),
         (["half1.mrc"], "the following arguments are required: MAP; see emc_fsc --help"),
     ],
 )  # fmt: skip
@@ -162,6 +175,68 @@ def test_what_it_refuses(maps: Path, capsys: pytest.CaptureFixture[str], argv: l
     Path("taken").mkdir()
     Path("taken/fsc.json").write_text("{}")
     assert refused(capsys, *argv).startswith(line)
+
+
+def test_directions_places_and_the_filtered_map(maps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is found agrees with the whole curve, and each filtered map is nearer to the model than the mean is."""
+    model, mask = (torch.from_numpy(mrc.read_volume(name)[0]) for name in ("model.mrc", "mask.mrc"))
+    halves = [torch.from_numpy(mrc.read_volume(f"half{h}.mrc")[0]) for h in (1, 2)]
+
+    def error(volume: torch.Tensor) -> float:
+        return float((((volume - model) * mask) ** 2).sum() / ((model * mask) ** 2).sum())
+
+    for kind in ("spherical", "anisotropic", "local"):
+        line = run(
+            capsys, "half1.mrc", "half2.mrc", "--mask", "mask.mrc", "--output", kind, "--filter", kind, "--directions",
+            "--local-resolution",
+        )  # fmt: skip
+        filtered, pixel_size = mrc.read_volume(f"{kind}/filtered.mrc")
+        assert pixel_size == PIXEL_SIZE
+        assert error(torch.from_numpy(filtered)) < 0.6 * error(0.5 * (halves[0] + halves[1]))
+    assert "; directions " in line and "; local " in line and line.count("\n") == 1
+    found = json.loads(Path("local/fsc.json").read_text())
+    cones = found["directions"]
+    assert cones["best"]["resolution"] <= found["resolution"] <= cones["worst"]["resolution"]
+    assert cones["anisotropy"] == pytest.approx(cones["worst"]["resolution"] / cones["best"]["resolution"])
+    assert np.loadtxt("local/directions.txt").shape == (len(cones["axes"]), 6)
+    places, _ = mrc.read_volume("local/local_resolution.mrc")
+    assert np.all((places > 0) == (mask.numpy() > 0.5))
+    assert found["local"]["median"] == pytest.approx(np.median(places[places > 0]), rel=1e-3)
+    assert abs(1 / found["local"]["median"] - 1 / CUT) < 2 / found["local"]["window"]
+    volume, _ = mrc.read_volume("local/fsc_3d.mrc")
+    assert volume[BOX // 2, BOX // 2, BOX // 2] == pytest.approx(1) and volume.min() >= 0 and volume.max() < 1.001
+    names = {file.name for file in Path("local").iterdir()}
+    assert {"directions.png", "local_resolution.png", "fsc_3d.mrc", "fsc.json", "fsc.txt", "fsc.png"} < names
+
+
+def test_sharpening(maps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against the map that is only filtered: the gain exp(-B k²/4), 1/MTF, or the power of the model, shell by shell."""
+    Path("mtf.txt").write_text("0 1\n0.5 0.4\n")
+    Path("mtf.star").write_text(
+        "data_mtf\n\nloop_\n_rlnResolutionInversePixel #1\n_rlnMtfValue #2\n0.0 1.0\n0.5 0.4\n\n"
+    )
+    argv = ["half1.mrc", "half2.mrc", "--mask", "mask.mrc"]
+    power = {}
+    for name, more in {
+        "plain": ["--filter", "spherical"], "b": ["--bfactor", "-300"], "mtf": ["--mtf-file", "mtf.txt"],
+        "star": ["--mtf-file", "mtf.star", "--mtf-pixel-size", str(2 * PIXEL_SIZE)],
+        "model": ["--structure-factor", "model.mrc"],
+    }.items():  # fmt: skip
+        run(capsys, *argv, *more, "--output", name)
+        power[name], _ = shell_power(torch.from_numpy(mrc.read_volume(f"{name}/filtered.mrc")[0]))
+    shells = np.arange(2, 7)
+    k = shells / (BOX * PIXEL_SIZE)
+    gain = {name: np.sqrt(power[name] / power["plain"])[shells] for name in power}
+    assert gain["b"] == pytest.approx(np.exp(300 * k**2 / 4), rel=0.01)  # linear between shells
+    assert gain["mtf"] == pytest.approx(1 / (1 - 1.2 * shells / BOX), rel=0.01)
+    assert gain["star"] == pytest.approx(1 / (1 - 2.4 * shells / BOX), rel=0.03)
+    wanted, _ = shell_power(torch.from_numpy(mrc.read_volume("model.mrc")[0]))
+    mean = sum(mrc.read_volume(f"half{h}.mrc")[0] for h in (1, 2)) / 2
+    mask, _ = mrc.read_volume("mask.mrc")
+    masked, _ = shell_power(torch.from_numpy(mean * mask))
+    ratio = gain["model"] ** 2 * masked[shells] / wanted[shells]
+    assert ratio == pytest.approx(np.full(len(shells), ratio.mean()), rel=0.15)  # an FSC of 0.95 ± 0.02 goes in
+    assert json.loads(Path("b/fsc.json").read_text())["b_factor"] == -300
 
 
 def test_dry_run_writes_nothing(maps: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,6 +93,37 @@ def test_symmetrised(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert np.allclose(volume, four, atol=1e-5)  # float32 transforms of spline coefficients
 
 
+def test_symmetrised_as_a_helix(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a twist: a copy every 18 Å (6 px), so that all is periodic along z, the middle of the box as well."""
+    volume, _ = made(capsys, "--symmetry", "helix:18,0", box=30)
+    assert np.allclose(volume[6:], volume[:-6], atol=1e-5) and volume.max() > 0.2
+
+
+def test_found_symmetry_is_brought_onto_its_axes(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four Gaussians about an axis off the middle, as two noisy halves: c4 is chosen, and a quarter turn changes nothing."""
+    turn, place = matrix_from_euler(40.0, 65.0, -20.0), torch.tensor([6.0, -4.0, 3.0], dtype=torch.float64)
+    copies = np.zeros((40,) * 3)
+    for k in range(4):
+        s = turn @ matrix_from_euler(90.0 * k, 0.0, 0.0)
+        for x, y, z in ((30.0, 10.0, 12.0), (45.0, -20.0, -15.0), (10.0, 45.0, 30.0)):
+            copies += gaussian((40,) * 3, 5.0, s @ torch.tensor([x, y, z], dtype=torch.float64) + place, s @ ROOT)
+    noise = 0.02 * np.random.default_rng(2).normal(size=(2, 40, 40, 40))
+    for name, values in (
+        ("half1", copies + noise[0]),
+        ("half2", copies + noise[1]),
+        ("mean", copies + noise.mean(axis=0)),
+    ):
+        mrc.write_volume(f"{name}.mrc", values.astype(np.float32), 5.0)
+    out = run(capsys, "mean.mrc", "out.mrc", "--find-symmetry", "auto", "--half-maps", "half1.mrc", "half2.mrc")
+    assert out.splitlines()[1].split()[::6] == ["c4", "holds"] and "the map is c4 at" in out
+    volume, _ = mrc.read_volume("out.mrc")
+    inner = volume[1:, 1:, 1:]  # without the planes that have no partner
+    assert np.corrcoef(inner.ravel(), np.rot90(inner, axes=(1, 2)).ravel())[0, 1] > 0.97
+    assert np.corrcoef(inner.ravel(), np.rot90(inner, 2, axes=(0, 2)).ravel())[0, 1] < 0.7
+    again = run(capsys, "out.mrc", "c4.mrc", "--find-symmetry", "c4", "--symmetry", "c4")
+    assert again.splitlines()[1].startswith("c4 ")
+
+
 def test_filtered(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Frequencies beyond the pass band are gone, those inside untouched; the edges are a tenth of the cut-off wide."""
     noise = np.random.default_rng(0).normal(size=(30,) * 3).astype(np.float32)
@@ -156,6 +187,12 @@ def test_compared(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
          "argument --rotate: '1,2' is not three numbers with commas between them; see emc_volume --help"),
         (["a.mrc", "out.mrc", "--symmetry", "q7"],
          "unknown symmetry 'q7'; use cN, dN, t, o, i (= i1) or i2, for example c7"),
+        (["a.mrc", "out.mrc", "--symmetry", "helix:5"],
+         "unknown symmetry 'helix:5'; use helix:RISE,TWIST[,cN or dN][,n=COPIES] in Å and degrees"),
+        (["a.mrc", "out.mrc", "--find-symmetry", "best"], "unknown symmetry 'best'; use cN, dN, t, o, i"),
+        (["a.mrc", "out.mrc", "--half-maps", "a.mrc", "a.mrc"], "--half-maps is for --find-symmetry"),
+        (["a.mrc", "out.mrc", "--find-symmetry", "auto", "--half-maps", "a.mrc", "b.mrc"],
+         "b.mrc: has 8 x 8 x 10 voxels of 3 Å, a.mrc 8 x 8 x 8 voxels of 3 Å"),
         (["a.mrc", "out.mrc", "--lowpass", "40", "--highpass", "20"],
          "--lowpass 40 and --highpass 20 Å leave nothing; the high-pass is the coarser of the two, the larger number"),
         (["a.mrc", "out.mrc", "--compare", "b.mrc"],

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from libemc.methods import extract
-from libemc.methods.refine import Poses, polish
+from libemc.methods.refine.limits import Limits
+from libemc.methods.refine.polish import polish
+from libemc.methods.refine.poses import Poses
 from libemc.methods.subtilts import Particles, Progress, TiltGeometry, batches_by_half, load_batch, noise_spectrum
 from libemc.numerics.rotations import euler_from_matrix
 from libemc.numerics.slices import Band, FourierVolume
@@ -94,11 +96,11 @@ def refined(
     particles = Particles.of(file, stack)
     band = Band.of(sampling.box, min(sampling.box / 2, sampling.box * pixel_size / sampling.resolution))
     volume = FourierVolume.from_map(density.float(), radius=band.radius)
-    noise, limit = noise_spectrum(particles, band), FARTHEST * search_resolution / pixel_size
+    noise, limits = noise_spectrum(particles, band), Limits(FARTHEST * search_resolution / pixel_size)
     everything = torch.ones(len(particles), dtype=torch.bool)
     for _, piece in batches_by_half(particles, everything, band, memory, progress, "poses of"):
         batch = load_batch(particles, piece, band, noise)
-        poses = polish(batch, volume, Poses(batch.rotation, torch.zeros(len(piece), 3).double(), torch.empty(0)), limit)
+        poses = polish(batch, volume, Poses.at(batch.rotation, torch.zeros(len(piece), 3).double()), limits)
         out_rotation[seen[piece]] = poses.rotation.to(rotation)
         out_xyz[seen[piece]] += poses.shift.to(xyz) * pixel_size
         score[seen[piece]] = poses.score
