@@ -387,7 +387,8 @@ def truth_mask(density: Tensor, pixel_size: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Likeness:
-    """Of the average in a folder to the true map, Å.
+    """Of the mean of a folder's half maps to the true map, Å: unfiltered, since in the shells that a filter has emptied a mask
+    leaves nothing but what it carries over from others.
 
     Attributes:
         resolution: where the FSC with the true map falls below 0.5, in the true map's mask.
@@ -403,9 +404,11 @@ class Likeness:
 def likeness(home: Path, run: str, data: Data, motion: Motion) -> Likeness:
     """Compare."""
     density = in_frame(project.read_map(home / "raw/true.mrc", data.box, data.pixel_size), motion, data.pixel_size)
-    volume, mask = (torch.from_numpy(mrc.read_volume(home / run / f"{n}.mrc")[0]) for n in ("average", "mask"))
+    half1, half2, mask = (
+        torch.from_numpy(mrc.read_volume(home / run / f"{n}.mrc")[0]) for n in ("half1", "half2", "mask")
+    )
     within = truth_mask(density, data.pixel_size)
-    found, own = (map_agreement(volume, density, data.pixel_size, m).resolution for m in (within, mask))
+    found, own = (map_agreement((half1 + half2) / 2, density, data.pixel_size, m).resolution for m in (within, mask))
     return Likeness(found, read_json(home / run / "fsc.json")["resolution"], own)
 
 
