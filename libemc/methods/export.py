@@ -12,7 +12,7 @@ from torch import Tensor
 
 from libemc.methods.subtilts import Particles
 from libemc.numerics.dose import exposure_filter
-from libemc.numerics.rotations import euler_from_matrix
+from libemc.numerics.rotations import euler_from_matrix, matrix_from_rotvec
 
 FITTED_POINTS = 64
 """Frequencies at which a B-factor is fitted to the exposure filter."""
@@ -75,11 +75,12 @@ def image_table(particles: Particles) -> ImageTable:
     """The images of one tilt series' particles, of those that are used and have a weight, as 2-D particles."""
     series, file = particles.series, particles.file
     counted = particles.use & (particles.weight > 0)
-    index, tilt = torch.nonzero((particles.visible & series.use) & counted[:, None], as_tuple=True)
-    matrices = series.matrices[tilt]
+    index, tilt = torch.nonzero(particles.shown & counted[:, None], as_tuple=True)
+    own = particles.corrections
+    matrices = matrix_from_rotvec(own.turn[index, tilt]) @ series.matrices[tilt]
     rot, theta, psi = euler_from_matrix(matrices @ particles.rotation[index])
-    q = torch.einsum("bij,bj->bi", matrices, (particles.xyz - particles.centre)[index])
-    mean = particles.defocus[index, tilt] + series.handedness * q[:, 2]
+    q = torch.einsum("bij,bj->bi", series.matrices[tilt], (particles.xyz - particles.centre)[index])
+    mean = particles.defocus[index, tilt] + own.defocus[index, tilt] + series.handedness * q[:, 2]
     known = torch.isfinite(mean)
     mean = torch.where(known, mean, torch.zeros_like(mean))
     astigmatism, angle, phase = particles.lens[index, tilt].unbind(1)
@@ -90,7 +91,7 @@ def image_table(particles: Particles) -> ImageTable:
         rot=rot,
         tilt_angle=theta,
         psi=psi,
-        shift=(q[:, :2] + particles.drift[index, tilt]) * series.magnification[tilt][:, None],
+        shift=(q[:, :2] + own.shift[index, tilt]) * series.magnification[tilt][:, None],
         defocus_u=mean + astigmatism.abs(),
         defocus_v=mean - astigmatism.abs(),
         defocus_angle=angle + torch.where(turned, 90.0, 0.0),

@@ -333,7 +333,12 @@ def particle_file(
         pixel_size=pixel_size,
         symmetry=symmetry,
         label=label,
-        optics=Optics(voltage=source.voltage, cs=source.cs, amplitude_contrast=source.amplitude_contrast),
+        optics=Optics(
+            voltage=source.voltage,
+            cs=source.cs,
+            amplitude_contrast=source.amplitude_contrast,
+            beam_tilt=record.ctf.beam_tilt if record.ctf else None,
+        ),
         tilts=tilts,
         defocus_handedness=record.ctf.defocus_handedness if record.ctf else -1,
         particles=tuple(particles),

@@ -25,7 +25,7 @@ from torch import Tensor
 from libemc.errors import InputError
 from libemc.methods.phantom import ICE_POTENTIAL
 from libemc.numerics import fourier, grids, slices
-from libemc.numerics.ctf import Optics, ctf, phase_aberration, wavelength
+from libemc.numerics.ctf import Optics, beam_tilt_phase, ctf, phase_aberration, wavelength
 from libemc.numerics.dose import exposure_filter
 from libemc.numerics.rotations import matrix_from_quaternion, tilt_matrices
 
@@ -90,6 +90,7 @@ class Imaging:
         phase_shift: of the first exposure; phase_drift: what is added to it by the last, evenly from exposure to exposure.
         handedness: -1 or +1, sign of the defocus along z (convention 13).
         mtf: the detector's modulation transfer at Nyquist, 1 is perfect; Gaussian below. Counting noise stays white.
+        beam_tilt: (x, y) mrad, whose phase particles and beads have; the ice would be as random with it as without.
     """
 
     optics: Optics = field(default_factory=Optics)
@@ -101,6 +102,7 @@ class Imaging:
     handedness: int = -1
     mtf: float = 1.0
     phase_drift: float = 0.0
+    beam_tilt: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,7 @@ class Scene:
             "astig": i.astigmatism,
             "astig_ang": i.angle,
             "phase_shift": self.phase_shift,
+            "beam_tilt": list(i.beam_tilt),
             "dose": a.dose,
             "acq": list(a.taken),
             "pos_A": self.positions,
@@ -490,6 +493,8 @@ class _Camera:
         highest = abs(self.imaging.defocus) + heights + self.specimen.thickness + 4 * self.imaging.defocus_jitter
         # the CTF sends the highest frequency this far from where it comes
         self.reach = self.wavelength * highest / (2 * self.pixel)
+        coma = 3 * self.imaging.optics.cs * 1e7 * self.wavelength**2 * math.hypot(*self.imaging.beam_tilt) * 1e-3
+        self.reach += coma / (2 * self.pixel) ** 2  # slope of the phase of `beam_tilt_phase`
         self.volumes, self.bands = [], []
         for density in maps:
             box = fourier.good_size(density.shape[-1] + 2 * math.ceil(self.reach / self.pixel))
@@ -507,6 +512,10 @@ class _Camera:
         """What damage leaves at the end of exposure j."""
         dose = self.scene.acquisition.dose * (self.scene.acquisition.taken[j] + 1)
         return exposure_filter(k, torch.tensor(dose, dtype=k.dtype), self.imaging.optics.voltage)
+
+    def _coma(self, kx: Tensor, ky: Tensor) -> Tensor:
+        """The phase of the beam's tilt, radians."""
+        return beam_tilt_phase(kx, ky, torch.tensor(self.imaging.beam_tilt, dtype=kx.dtype), self.imaging.optics)
 
     def _corner(self, position: Array, box: int) -> tuple[NDArray[np.int64], Array]:
         """First pixel (x, y) of a patch whose origin is the pixel nearest to `position` (N, 2) Å, and what is left, pixels."""
@@ -533,7 +542,7 @@ class _Camera:
             inside = [self._window(c, band.box) for c in corner]
             mine = [p for p in range(len(seen)) if self.scene.classes[p] == k and inside[p] is not None]
             kx, ky = band.frequencies(self.pixel)
-            damage = self._exposure((kx**2 + ky**2).sqrt(), j)
+            damage = torch.polar(self._exposure((kx**2 + ky**2).sqrt(), j), self._coma(kx, ky))
             for chunk in np.array_split(mine, max(1, len(mine) // 32)):
                 if len(chunk) == 0:
                     continue
@@ -594,7 +603,8 @@ class _Camera:
             path = (2 * (radius**2 - r2).clamp_min(0).sqrt()).float()
             wave = torch.exp(torch.complex(-path / (2 * GOLD_ABSORPTION), self.sigma * GOLD_POTENTIAL * path))
             mean = torch.tensor(self.scene.defocus[j] + self.imaging.handedness * position[2]).float()
-            chi = phase_aberration(line[None, :], line[:, None], *self._defocus(mean, j), self.imaging.optics)
+            kx, ky = line[None, :], line[:, None]
+            chi = phase_aberration(kx, ky, *self._defocus(mean, j), self.imaging.optics) + self._coma(kx, ky)
             lens = torch.polar(torch.ones_like(chi), chi)
             scattered = torch.fft.ifft2(torch.fft.fft2(wave - 1) * lens)
             image, part = window

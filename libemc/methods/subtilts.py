@@ -16,7 +16,7 @@ from torch import Tensor
 from libemc.numerics import ctf as ctf_model
 from libemc.numerics import dose as dose_model
 from libemc.numerics import slices
-from libemc.numerics.rotations import euler_from_matrix, matrix_from_euler, tilt_matrices
+from libemc.numerics.rotations import euler_from_matrix, matrix_from_euler, matrix_from_rotvec, tilt_matrices
 from libemc.numerics.splines import field_basis
 from libemc.records import (
     Alignment,
@@ -33,8 +33,8 @@ from libemc.records import (
 LEAST_NOISE = 1e-4
 """Noise power, over the median of all rings and tilts, below which a ring is taken as empty instead of noiseless."""
 
-DRIFT_DIGITS = 3
-"""Decimals of a particle's drift in Å."""
+DIGITS = {"shift": 3, "turn": 4, "defocus": 1, "weight": 4, "score": 4}
+"""Decimals of the corrections of a particle's images: Å, degrees, Å, 1, 1."""
 
 SLOPE_STEP = 1.0
 """Å on each side of a point over which the slope of a deformation field is measured."""
@@ -226,25 +226,77 @@ def _lenses(particles: Sequence[Particle], series: SeriesModel) -> Tensor:
     return lenses
 
 
-def _drifts(particles: Sequence[Particle], tilts: int) -> Tensor:
-    """(N, T, 2) of `Particles.drift`; a view of zeros where no particle has any."""
-    if all(p.subtilt is None for p in particles):
-        return torch.zeros(1, 1, 1, dtype=torch.float64).expand(len(particles), tilts, 2)
-    still = (0.0,) * tilts
-    both = [(p.subtilt.dx, p.subtilt.dy) if p.subtilt else (still, still) for p in particles]
-    return torch.tensor(both, dtype=torch.float64).transpose(1, 2)
+@dataclass(frozen=True)
+class Corrections:
+    """What each image of a particle shows beside what pose and tilt say of it: (N, T, ...) float64.
 
+    Attributes:
+        shift: (N, T, 2) Å by which the particle is seen beside where its position is, before the magnification.
+        turn: (N, T, 3) degrees, rotation vector in the image's frame: the image shows the particle at exp(turn)·T·R.
+        defocus: (N, T) Å, added to that of the particle's place.
+        weight: (N, T) of the image, wherever it is compared or averaged; 0: left out.
+        score: (N, T) how well it fits, over its tilt's spread; NaN: not known.
+    """
 
-def _with_drift(particle: Particle, drift: Tensor) -> Subtilt | None:
-    """A particle's section of corrections by tilt, with a drift (T, 2); None where there is nothing to correct."""
-    old, still = particle.subtilt, (0.0,) * len(drift)
-    if old is None and not drift.any():
-        return None
-    dx, dy = (tuple(round(v, DRIFT_DIGITS) for v in column) for column in drift.T.tolist())
-    if old is not None:
-        return old.model_copy(update={"dx": dx, "dy": dy})
-    one, none = (1.0,) * len(drift), (None,) * len(drift)
-    return Subtilt(dx=dx, dy=dy, drot=still, dtilt=still, dpsi=still, ddefocus=still, weight=one, score=none)
+    shift: Tensor
+    turn: Tensor
+    defocus: Tensor
+    weight: Tensor
+    score: Tensor
+
+    @staticmethod
+    def none(count: int, tilts: int) -> Corrections:
+        """Nothing to correct; views of single numbers."""
+        zero, one, nan = (torch.full((1, 1, 1), v, dtype=torch.float64) for v in (0.0, 1.0, float("nan")))
+        flat = (count, tilts)
+        return Corrections(
+            zero.expand(*flat, 2), zero.expand(*flat, 3), zero[0].expand(flat), one[0].expand(flat), nan[0].expand(flat)
+        )
+
+    @staticmethod
+    def of(particles: Sequence[Particle], tilts: int) -> Corrections:
+        """From the particles of a file."""
+        if all(p.subtilt is None for p in particles):
+            return Corrections.none(len(particles), tilts)
+        blank = (0.0,) * tilts
+        still = Subtilt(
+            dx=blank,
+            dy=blank,
+            drot=blank,
+            dtilt=blank,
+            dpsi=blank,
+            ddefocus=blank,
+            weight=(1.0,) * tilts,
+            score=(None,) * tilts,
+        )
+        found = [p.subtilt or still for p in particles]
+
+        def table(*names: str) -> Tensor:
+            return torch.tensor([[getattr(c, n) for n in names] for c in found], dtype=torch.float64).transpose(1, 2)
+
+        scores = torch.tensor([[np.nan if v is None else v for v in c.score] for c in found], dtype=torch.float64)
+        turn = table("drot", "dtilt", "dpsi")
+        return Corrections(table("dx", "dy"), turn, table("ddefocus")[..., 0], table("weight")[..., 0], scores)
+
+    def to_subtilts(self) -> list[Subtilt | None]:
+        """The section of each particle; None where there is nothing to correct."""
+        moved = self.shift.any(-1) | self.turn.any(-1) | (self.defocus != 0)
+        something = (moved | (self.weight != 1) | torch.isfinite(self.score)).any(1)
+        columns = {
+            "dx": self.shift[..., 0], "dy": self.shift[..., 1], "drot": self.turn[..., 0], "dtilt": self.turn[..., 1],
+            "dpsi": self.turn[..., 2], "ddefocus": self.defocus, "weight": self.weight, "score": self.score,
+        }  # fmt: skip
+        kinds = ("shift", "shift", "turn", "turn", "turn", "defocus", "weight", "score")
+
+        def one(row: Tensor, digits: int) -> tuple[float | None, ...]:
+            return tuple(None if np.isnan(v) else round(v, digits) for v in row.tolist())
+
+        return [
+            Subtilt(**{n: one(c[i], DIGITS[k]) for (n, c), k in zip(columns.items(), kinds, strict=True)})  # type: ignore[arg-type]
+            if more
+            else None
+            for i, more in enumerate(something.tolist())
+        ]
 
 
 @dataclass(frozen=True)
@@ -261,7 +313,7 @@ class Particles:
         lens: (N, T, 3) astigmatism (U-V)/2 in Å, its angle and the phase shift in degrees: the particle's, else its tilt's.
         visible: (N, T) bool.
         half: (N,) int64, 1 or 2; use: (N,) bool; score: (N,), NaN where none.
-        drift: (N, T, 2) Å by which each image shows the particle beside where its position is, before the magnification.
+        corrections: of each image.
         weight: (N,) in averages, 0 where left out; reason: of each, why it is not used or has no weight.
     """
 
@@ -280,7 +332,7 @@ class Particles:
     score: Tensor
     weight: Tensor
     reason: tuple[str | None, ...]
-    drift: Tensor
+    corrections: Corrections
 
     @staticmethod
     def of(file: ParticleFile, stack: Stack) -> Particles:
@@ -305,7 +357,7 @@ class Particles:
             score=torch.tensor([float("nan") if p.score is None else p.score for p in ps], dtype=torch.float64),
             weight=torch.tensor([1.0 if p.weight is None else p.weight for p in ps], dtype=torch.float64),
             reason=tuple(p.reason for p in ps),
-            drift=_drifts(ps, tilts),
+            corrections=Corrections.of(ps, tilts),
         )
 
     def __len__(self) -> int:
@@ -332,6 +384,15 @@ class Particles:
         """The same particles, all of weight 1."""
         return self.weighted(torch.ones_like(self.weight), (None,) * len(self))
 
+    def corrected(self, **changes: Tensor) -> Particles:
+        """The same particles with other `corrections`: some of its attributes replaced."""
+        return replace(self, corrections=replace(self.corrections, **changes))
+
+    @property
+    def shown(self) -> Tensor:
+        """(N, T) bool: the images that there are, of used tilts, and with a weight."""
+        return self.visible & self.series.use & (self.corrections.weight > 0)
+
     def to_file(self) -> ParticleFile:
         """The record, with the present poses and scores."""
         angles = torch.stack(euler_from_matrix(self.rotation), dim=-1).tolist()
@@ -345,21 +406,42 @@ class Particles:
                     "score": None if np.isnan(score) else score,
                     "weight": None if weight == 1 else weight,
                     "reason": reason,
-                    "subtilt": _with_drift(p, drift),
+                    "subtilt": subtilt,
                 }
             )
-            for p, xyz, a, score, weight, reason, drift in zip(
+            for p, xyz, a, score, weight, reason, subtilt in zip(
                 self.file.particles,
                 self.xyz.tolist(),
                 angles,
                 self.score.tolist(),
                 self.weight.tolist(),
                 self.reason,
-                self.drift,
+                self.corrections.to_subtilts(),
                 strict=True,
             )
         ]
         return self.file.model_copy(update={"particles": tuple(particles)})
+
+
+@dataclass(frozen=True)
+class Detail:
+    """More of a batch's images, where it was asked for.
+
+    Attributes:
+        values, transfer: (B, K) complex64 and float32, what the batch's are with the CTF's slope by defocus (1/Å) in the place
+            of the CTF; None of premultiplied images, which don't tell.
+        power: (B,) mean power of the whitened image's coefficients: 1 where it is all noise.
+    """
+
+    values: Tensor | None
+    transfer: Tensor | None
+    power: Tensor
+
+    def only(self, images: Tensor, coefficients: Tensor | slice = slice(None)) -> Detail:
+        """Of some images and coefficients; the power stays that of all coefficients."""
+        if self.values is None or self.transfer is None:
+            return Detail(None, None, self.power[images])
+        return Detail(self.values[images][:, coefficients], self.transfer[images][:, coefficients], self.power[images])
 
 
 @dataclass(frozen=True)
@@ -369,11 +451,12 @@ class Batch:
     Attributes:
         values: (B, K) complex64, white: the images' coefficients times CTF·dose (CTF already in, if premultiplied).
         transfer: (B, K) float32, CTF·dose.
-        tilt_matrices: (B, 3, 3) T of each image.
+        tilt_matrices: (B, 3, 3) T of each image, turned by its correction.
         shift: (B, 2) pixels: where the particle's present position is seen in its patch.
         magnification: (B,).
         owner: (B,) which particle of the batch; tilt: (B,) which tilt.
         rotation: (P, 3, 3); index: (P,) place in the particle file.
+        detail: None where it wasn't asked for.
     """
 
     values: Tensor
@@ -386,6 +469,7 @@ class Batch:
     rotation: Tensor
     index: Tensor
     band: slices.Band
+    detail: Detail | None = None
 
     def matrices(self, rotation: Tensor | None = None) -> Tensor:
         """(B, 3, 3) M = T·R of every image, at the batch's rotations or others (P, 3, 3)."""
@@ -413,17 +497,25 @@ class Batch:
             self.rotation[chosen],
             self.index[chosen],
             self.band,
+            self.detail and self.detail.only(mine),
         )
 
 
 def narrowed(batch: Batch, band: slices.Band) -> Batch:
     """The same images within a smaller band."""
     keep = batch.band.radii < band.radius
-    return replace(batch, values=batch.values[:, keep], transfer=batch.transfer[:, keep], band=band)
+    detail = batch.detail and batch.detail.only(torch.arange(len(batch.owner)), keep)
+    return replace(batch, values=batch.values[:, keep], transfer=batch.transfer[:, keep], band=band, detail=detail)
 
 
 def transfer_function(
-    series: SeriesModel, tilt: Tensor, defocus: Tensor, lens: Tensor, band: slices.Band, pixel_size: float
+    series: SeriesModel,
+    tilt: Tensor,
+    defocus: Tensor,
+    lens: Tensor,
+    band: slices.Band,
+    pixel_size: float,
+    by_defocus: bool = False,
 ) -> Tensor:
     """CTF·dose of images: (B, K) float32.
 
@@ -431,13 +523,15 @@ def transfer_function(
         tilt: (B,) which tilt each image is.
         defocus: (B,) Å, mean of U and V; NaN: no CTF (1).
         lens: (B, 3) astigmatism, its angle and phase shift, as `Particles.lens`.
+        by_defocus: its derivative by the defocus instead, 1/Å.
     """
     kx, ky = band.frequencies(pixel_size)
     at = lens.float()[..., None].unbind(1)
     known = torch.isfinite(defocus)
     z = torch.where(known, defocus, torch.zeros_like(defocus))[:, None].float()
-    c = ctf_model.ctf(kx, ky, z + at[0], z - at[0], at[1], at[2], series.optics)
-    c = torch.where(known[:, None], c, torch.ones((), dtype=c.dtype))
+    curve = ctf_model.ctf_by_defocus if by_defocus else ctf_model.ctf
+    c = curve(kx, ky, z + at[0], z - at[0], at[1], at[2], series.optics)
+    c = torch.where(known[:, None], c, torch.tensor(0.0 if by_defocus else 1.0, dtype=c.dtype))
     return c * dose_filter(series, band, pixel_size)[tilt]
 
 
@@ -448,47 +542,62 @@ def dose_filter(series: SeriesModel, band: slices.Band, pixel_size: float) -> Te
 
 
 def _read_images(particles: Particles, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Used, visible images of particles (P,): (B, box, box) float32, and which particle (B,) and tilt (B,) each is."""
-    owner, tilt = torch.nonzero(particles.visible[index] & particles.series.use, as_tuple=True)
+    """The images of particles (P,) that are shown: (B, box, box) float32, and which particle (B,) and tilt (B,) each is."""
+    owner, tilt = torch.nonzero(particles.shown[index], as_tuple=True)
     numbers = particles.numbers(index[owner], tilt)
     return torch.from_numpy(np.asarray(particles.stack[numbers], dtype=np.float32)), owner, tilt
 
 
 def load_batch(
-    particles: Particles, index: Tensor, band: slices.Band, noise: Tensor | None = None, own_noise: bool = False
+    particles: Particles,
+    index: Tensor,
+    band: slices.Band,
+    noise: Tensor | None = None,
+    own_noise: bool = False,
+    detailed: bool = False,
 ) -> Batch:
-    """Read the used, visible images of some particles from the stack.
+    """Read the used, visible images of some particles from the stack, corrected and weighted as `corrections` say.
 
     Args:
         index: (P,) places in the particle file.
         band: of the particles' box.
         noise: (T, K) `noise_spectrum`, by which images are whitened; None: the noise is white already.
         own_noise: also divide by how much each particle's own noise differs from that (`own_noise_spectrum`).
+        detailed: with `Batch.detail`.
     """
-    series, file = particles.series, particles.file
+    series, file, own = particles.series, particles.file, particles.corrections
     images, owner, tilt = _read_images(particles, index)
     moved = (particles.xyz - particles.centre)[index][owner]
     q = torch.einsum("bij,bj->bi", series.matrices[tilt], moved)
-    defocus = particles.defocus[index][owner, tilt] + series.handedness * q[:, 2]
+    at_centre = particles.defocus[index][owner, tilt] + own.defocus[index][owner, tilt]
+    defocus = at_centre + series.handedness * q[:, 2]
     lens = particles.lens[index][owner, tilt]
     spectra = values = slices.spectra_of_images(images, band)
     weighted = series.premultiplied and noise is not None and is_dose_weighted(noise, series, band, file.pixel_size)
     if weighted:
         series = replace(series, dose_end=torch.zeros_like(series.dose_end))
     transfer = transfer_function(series, tilt, defocus, lens, band, file.pixel_size)
+    weight = own.weight[index][owner, tilt].float()[:, None]
+    scale = weight if noise is None else weight / noise.float()[tilt]
     if not series.premultiplied:
-        values = values * transfer
+        values = values * (transfer * scale)
+        transfer = transfer * scale.sqrt()
     else:
-        values = values * dose_filter(series, band, file.pixel_size)[tilt]
-    if noise is not None and series.premultiplied:
-        # images times CTF times a weight w, noise power w² times the typical one: the weight is the signal's too, so it
-        # stands in the transfer; the typical power goes, as it does below
-        typical = float(noise[series.use].mean())
-        values = values / typical
-        transfer = transfer * (noise.sqrt() / typical).float()[tilt]
-    elif noise is not None:
-        values = values / noise.float()[tilt]
-        transfer = transfer / noise.float().sqrt()[tilt]
+        values = values * dose_filter(series, band, file.pixel_size)[tilt] * weight
+        if noise is not None:
+            # images times CTF times a weight w, noise power w² times the typical one: the weight is the signal's too, so it
+            # stands in the transfer; the typical power goes, as it does above
+            typical = float(noise[series.use].mean())
+            values = values / typical
+            transfer = transfer * (noise.sqrt() / typical).float()[tilt]
+        transfer = transfer * weight.sqrt()
+    detail = None
+    if detailed:
+        white = (spectra.abs() ** 2 if noise is None else spectra.abs() ** 2 / noise.float()[tilt]).mean(1).double()
+        detail = Detail(None, None, white)
+        if not series.premultiplied:
+            plain = transfer_function(series, tilt, defocus, lens, band, file.pixel_size, by_defocus=True)
+            detail = Detail(spectra * (plain * scale), plain * scale.sqrt(), white)
     if noise is not None and own_noise:
         expected = noise.float()[tilt]
         if series.premultiplied:
@@ -496,12 +605,16 @@ def load_batch(
             expected = expected * transfer_function(undamaged, tilt, defocus, lens, band, file.pixel_size) ** 2
         excess = own_noise_spectrum(spectra, expected, owner, len(index), band)[owner]
         values, transfer = values / excess, transfer / excess.sqrt()
+        if detail and detail.values is not None and detail.transfer is not None:
+            detail = replace(detail, values=detail.values / excess, transfer=detail.transfer / excess.sqrt())
     magnification = series.magnification[tilt]
-    shift = (q[:, :2] + particles.drift[index][owner, tilt]) * magnification[:, None] / file.pixel_size
+    shift = (q[:, :2] + own.shift[index][owner, tilt]) * magnification[:, None] / file.pixel_size
+    turn = own.turn[index][owner, tilt]
+    matrices = series.matrices[tilt]
     return Batch(
         values,
         transfer,
-        series.matrices[tilt],
+        matrix_from_rotvec(turn) @ matrices if turn.any() else matrices,
         shift,
         magnification,
         owner,
@@ -509,6 +622,7 @@ def load_batch(
         particles.rotation[index],
         index,
         band,
+        detail,
     )
 
 

@@ -64,6 +64,35 @@ def ctf(
     return torch.sin(chi + math.asin(optics.amplitude_contrast))
 
 
+def ctf_by_defocus(
+    kx: Tensor, ky: Tensor, defocus_u: Tensor, defocus_v: Tensor, angle: Tensor, phase_shift: Tensor, optics: Optics
+) -> Tensor:
+    """Derivative of `ctf` by the mean of U and V, 1/Å; arguments as for `phase_aberration`."""
+    chi = phase_aberration(kx, ky, defocus_u, defocus_v, angle, phase_shift, optics)
+    slope = math.pi * wavelength(optics.voltage) * (kx**2 + ky**2)
+    return torch.cos(chi + math.asin(optics.amplitude_contrast)) * slope
+
+
+def beam_tilt_phase(kx: Tensor, ky: Tensor, beam_tilt: Tensor, optics: Optics) -> Tensor:
+    """The odd phase that images have of a tilted beam (axial coma), in radians: -2π Cs λ² |k|² (k·β).
+
+    An image's transform is what it were without beam tilt times exp(i·phase). The sign is that of RELION's rlnBeamTiltX and
+    rlnBeamTiltY (Zivanov et al. 2018): up to version 3.0 its `selfApplyBeamTilt` multiplies images by exp(+2πi Cs λ² |k|² k·β)
+    to be rid of the phase, and since 3.1 `TiltHelper::insertTilt` writes it as -2π Cs λ² |k|² k·β, which
+    `ObservationModel` gives to predictions and takes from images.
+
+    Args:
+        kx, ky: spatial frequency in 1/Å, (..., K).
+        beam_tilt: (..., 2) mrad along x and y.
+
+    Returns:
+        (..., K). Differentiable.
+    """
+    along = beam_tilt[..., 0:1] * kx + beam_tilt[..., 1:2] * ky
+    strength = -2 * math.pi * optics.cs * 1e7 * wavelength(optics.voltage) ** 2 * 1e-3
+    return strength * (kx**2 + ky**2) * along
+
+
 def equal_phase(
     k: NDArray[np.float64], here: NDArray[np.float64] | float, there: NDArray[np.float64] | float, optics: Optics
 ) -> NDArray[np.float64]:

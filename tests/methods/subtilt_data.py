@@ -90,7 +90,7 @@ def particle_set(
     band, volume = Band.of(box), FourierVolume.from_map(density)
     if path is not None:
         drift = torch.einsum("tij,ptj->pti", empty.series.matrices[:, :2], path.double())
-        batch = subtilts.load_batch(replace(empty, drift=drift), torch.arange(count), band)
+        batch = subtilts.load_batch(empty.corrected(shift=drift), torch.arange(count), band)
     else:
         batch = subtilts.load_batch(empty, torch.arange(count), band)
     t = tilt_matrices(*(torch.tensor(v).double() for v in (file.tilts.axis, file.tilts.tilt, file.tilts.xtilt)))[

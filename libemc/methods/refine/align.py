@@ -198,10 +198,11 @@ def iterate(
         rotation, xyz = particles.rotation.clone(), particles.xyz.clone()
         score, contrast, error = (torch.full_like(particles.score, float("nan")) for _ in range(3))
         noise = noise_spectrum(particles, band)
-        seen = particles.use & (particles.visible & particles.series.use).any(dim=1)
+        seen = particles.use & particles.shown.any(dim=1)
         walk = Walk.of(particles.series, max(task.resolution, 2 * pixel_size))
-        drift = torch.zeros_like(particles.drift) if task.motion else particles.drift.clone()
-        about = replace(prior, drift=drift.clone())
+        known = particles.corrections.shift
+        drift = torch.zeros_like(known) if task.motion else known.clone()
+        about = replace(prior, corrections=replace(particles.corrections, shift=drift.clone()))
         steps: dict[int, float] = {}
         for half, piece in batches_by_half(particles, seen, band, memory, progress, "align"):
             batch = load_batch(about, piece, band, noise, own_noise=task.own_noise)
@@ -225,7 +226,7 @@ def iterate(
             contrast[piece] = terms.cross / terms.norm.clamp_min(1e-30)
             error[piece] = (2 * terms.norm.clamp_min(1e-30)).rsqrt()
         out.step.extend(steps.values())
-        out.series.append(replace(particles.moved(rotation, xyz, score), drift=drift))
+        out.series.append(particles.moved(rotation, xyz, score).corrected(shift=drift))
         out.contrast.append(contrast)
         out.error.append(error)
     return out

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -132,8 +130,8 @@ def test_drift_is_kept_in_the_record_followed_by_the_average_and_exported() -> N
     path = walks(16, 1.5, still)
     blurred = particle_set(blobs(BOX), 16, PIXEL, noise=0.0, path=path)
     drift = torch.einsum("tij,ptj->pti", blurred.series.matrices[:, :2], path)
-    kept = subtilts.Particles.of(replace(blurred, drift=drift).to_file(), blurred.stack)
-    assert (kept.drift - drift).abs().max() <= 0.5 * 10**-subtilts.DRIFT_DIGITS + 1e-12
+    kept = subtilts.Particles.of(blurred.corrected(shift=drift).to_file(), blurred.stack)
+    assert (kept.corrections.shift - drift).abs().max() <= 0.5 * 10 ** -subtilts.DIGITS["shift"] + 1e-12
     assert kept.file.particles[0].subtilt is not None and blurred.to_file().particles[0].subtilt is None
     sharp = particle_set(blobs(BOX), 16, PIXEL, noise=0.0)
     maps = [average.half_maps([p], 1 << 28, whiten=False) for p in (sharp, kept, blurred)]
@@ -142,7 +140,7 @@ def test_drift_is_kept_in_the_record_followed_by_the_average_and_exported() -> N
     assert curves[0].min() > 0.98 and curves[1].max() < 0.97
     moved, before = export.image_table(kept), export.image_table(blurred)
     added = (moved.shift - before.shift) / kept.series.magnification[moved.tilt][:, None]
-    torch.testing.assert_close(added, kept.drift[moved.particle, moved.tilt])
+    torch.testing.assert_close(added, kept.corrections.shift[moved.particle, moved.tilt])
 
 
 def test_what_has_no_weight_is_in_no_average_and_not_exported() -> None:
