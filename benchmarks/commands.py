@@ -29,7 +29,7 @@ open(sys.argv[1], "w").write(f"{used.ru_utime + used.ru_stime} {used.ru_maxrss}"
 sys.exit(code)
 """
 """A small process that runs a command: Linux counts to a command's peak memory that of the process that began it."""
-REPEATED = ("bad", "missing", "particle")  # options that are given once for each item
+REPEATED = ("bad", "missing", "particle", "map")  # options that are given once for each item
 
 
 @dataclass(frozen=True)

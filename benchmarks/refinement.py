@@ -29,6 +29,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from torch import Tensor
 from libemc import project, records
 from libemc.io import mrc
 from libemc.io.files import read_json
+from libemc.io.truth import read_truth
 from libemc.methods import extract, postprocess
 from libemc.methods.evaluate import map_agreement
 from libemc.methods.subtilts import Particles
@@ -72,6 +74,8 @@ FALSE = 0.25
 """False picks for each true one in the mode `junk`, half of them beside a particle and half in ice alone."""
 BESIDE, ALONE = (110.0, 160.0), 230.0
 """Å from the nearest particle: beside it, farther off than a refinement looks; alone, where a box is full of ice."""
+TRUE = "raw/true.mrc"
+"""The true map, in the project."""
 SMOOTH, EXTEND, EDGE = 15.0, 3.0, 9.0
 """Å: the true map is smoothed for its mask, which reaches so far beyond the density, and its edge is so wide."""
 
@@ -126,8 +130,17 @@ class Data:
 # ----------------------------------------------------------------------------------------------------------------- data
 
 
-def made(folder: Path, data: Data) -> Path:
-    """The project of the data: images, alignment, CTF, true picks and those to start from, and the true map."""
+Change = Callable[[records.TiltSeriesRecord, int, int], records.TiltSeriesRecord]
+"""What a record becomes that was imported from the truth, given the data's seed and the number of the series."""
+
+
+def made(folder: Path, data: Data, change: Change | None = None) -> Path:
+    """The project of the data: images, alignment, CTF, true picks and those to start from, and the true map.
+
+    Args:
+        change: of each record at last; None: `scrambled`.
+    """
+    change = change or scrambled
     home = folder / data.folder
     note, wanted = home / "data.json", [data.simulated(k) for k in range(data.series)]
     if note.exists() and json.loads(note.read_text()) == wanted:
@@ -144,7 +157,7 @@ def made(folder: Path, data: Data) -> Path:
         program(["emc_import", "--picks", truth, "--label", "true", name, "--overwrite", "--quiet"], home, log)
         records.update(
             records.tiltseries_path(name, home),
-            lambda r, k=number: scrambled(r, data.seed, k),
+            lambda r, k=number: change(r, data.seed, k),
             records.TiltSeriesRecord,
         )
     note.write_text(json.dumps(wanted, indent=1) + "\n")
@@ -194,7 +207,8 @@ def true_poses(home: Path, data: Data) -> Poses:
         rotations.append(torch.tensor(truth["poses"], dtype=torch.float64))
         dose = truth["dose"] * (torch.tensor(truth["acq"], dtype=torch.float64) + 1)
         weight = exposure_filter(torch.tensor(1 / DETAIL, dtype=torch.float64), dose, truth["kv"]) ** 2
-        motion = torch.tensor(truth["motion_A"], dtype=torch.float64)
+        still = torch.zeros(len(truth["poses"]), len(dose), 3, dtype=torch.float64)
+        motion = torch.tensor(truth["motion_A"], dtype=torch.float64) if "motion_A" in truth else still
         mean = torch.einsum("t,nti->ni", weight / weight.sum(), motion)
         places.append(torch.tensor(truth["pos_A"], dtype=torch.float64) + mean)
     return Poses(ids, torch.cat(rotations), torch.cat(places))
@@ -293,9 +307,14 @@ def noise_set(home: Path, data: Data) -> str:
     return name
 
 
-def oracle_set(home: Path, data: Data, truth: Poses) -> str:
-    """The same particles, each image cut where its particle truly was: no shift is left to be found."""
-    name, source = f"oracle{data.box}", start_set(home, data)
+def oracle_set(home: Path, data: Data, truth: Poses, source: str | None = None) -> str:
+    """The same particles, each image cut where its particle truly was, in the true tilts: no shift is left to be found.
+
+    Args:
+        source: a set of those to start from; None: all.
+    """
+    source = source or start_set(home, data)
+    name = source.replace("start", "oracle")
     if (home / f"particles/{name}/particles.json").exists():
         return name
     head, files = records.load_particles(source, home)
@@ -320,10 +339,17 @@ def oracle_set(home: Path, data: Data, truth: Poses) -> str:
         own = truth.among([p.id for p in file.particles])
         angles = torch.stack(euler_from_matrix(own.rotation), dim=1).tolist()
         particles = [
-            p.model_copy(update={"xyz": c, "centre": c, "rot": a[0], "tilt": a[1], "psi": a[2], "defocus": tuple(d)})
-            for p, c, a, d in zip(file.particles, map(tuple, own.xyz.tolist()), angles, defocus.tolist(), strict=True)
+            p.model_copy(
+                update={"xyz": c, "centre": c, "image": None, "rot": a[0], "tilt": a[1], "psi": a[2], "defocus": d}
+            )
+            for p, c, a, d in zip(
+                file.particles, map(tuple, own.xyz.tolist()), angles, map(tuple, defocus.tolist()), strict=True
+            )
         ]
+        geometry = read_truth(home / f"raw/{series}_truth.json").alignment
+        true = {key: tuple(getattr(geometry, key).tolist()) for key in ("axis", "tilt", "xtilt", "magnification")}
         update = {"set": name, "history": (), "stack": target, "raw": None, "particles": tuple(particles)}
+        update["tilts"] = file.tilts.model_copy(update=true)
         cut[series] = file.model_copy(update=update)
     records.save_particles(f"particles/{name}", head.model_copy(update={"set": name, "history": ()}), cut, home)
     return name
@@ -401,9 +427,9 @@ class Likeness:
     confirmed: float
 
 
-def likeness(home: Path, run: str, data: Data, motion: Motion) -> Likeness:
-    """Compare."""
-    density = in_frame(project.read_map(home / "raw/true.mrc", data.box, data.pixel_size), motion, data.pixel_size)
+def likeness(home: Path, run: str, data: Data, motion: Motion, true: str = TRUE) -> Likeness:
+    """Compare with a true map."""
+    density = in_frame(project.read_map(home / true, data.box, data.pixel_size), motion, data.pixel_size)
     half1, half2, mask = (
         torch.from_numpy(mrc.read_volume(home / run / f"{n}.mrc")[0]) for n in ("half1", "half2", "mask")
     )
@@ -478,12 +504,18 @@ def refined(home: Path, name: str, path: str, threads: int, options: list[str]) 
     return program(argv, home, home / "log", threads)
 
 
-def options_of(mode: str, home: Path) -> list[str]:
+def known_to(home: Path, resolution: float, true: str = TRUE) -> str:
+    """The true map as far as it is known, written into the project."""
+    name = f"{Path(true).stem}_{resolution:g}A.mrc"
+    density, pixel_size = mrc.read_volume(home / true)
+    mrc.write_volume(home / name, lowpass(torch.from_numpy(density), pixel_size, resolution).numpy(), pixel_size)
+    return name
+
+
+def options_of(mode: str, home: Path, true: str = TRUE) -> list[str]:
     """Of emc_refine; the true map is written as far as it is known at the start."""
     resolution = {"search": SEARCH[0], "local": NEAR[2]}.get(mode, START)
-    name = f"true_{resolution:g}A.mrc"
-    density, pixel_size = mrc.read_volume(home / "raw/true.mrc")
-    mrc.write_volume(home / name, lowpass(torch.from_numpy(density), pixel_size, resolution).numpy(), pixel_size)
+    name = known_to(home, resolution, true)
     start = ["--reference", name, "--startres", f"{resolution:g}"]
     if mode == "search":
         return [*start, "--iterations", "1", "--max-shift", f"{SEARCH[1]:g}"]

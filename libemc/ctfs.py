@@ -52,7 +52,8 @@ def save(path: Path, record: TiltSeriesRecord, found: Estimate, run: Run) -> Til
     opened = record.alignment is not None and record.alignment.hand_open
 
     def change(old: TiltSeriesRecord) -> TiltSeriesRecord:
-        new = old.model_copy(update={"ctf": found.ctf})
+        tilt = old.ctf.beam_tilt if old.ctf else None  # rings don't tell it
+        new = old.model_copy(update={"ctf": found.ctf.model_copy(update={"beam_tilt": tilt})})
         if not (opened and found.hand.decided):
             return new
         if found.hand.sign != DEFAULT_HAND:

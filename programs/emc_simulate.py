@@ -108,6 +108,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     numbers(lens, options.number, ("astigmatism-angle", 20.0, "DEG", "from +x to the axis of U"))
     numbers(lens, options.not_negative, jitter, ("astigmatism", 300.0, "A", "U - V in Å"))
     lens.add_argument("--handedness", type=int, choices=(-1, 1), default=-1, help="sign of the defocus along z")
+    beam = "of the beam, mrad: its axial coma"
+    lens.add_argument("--beam-tilt", type=options.number, nargs=2, default=(0.0, 0.0), metavar=("X", "Y"), help=beam)
     numbers(lens, transfer, ("mtf", 1.0, "X", "modulation transfer at Nyquist, 1 is perfect"))
     lens.add_argument("--noise-free", action="store_true", help="write the expected counts, without counting noise")
     lens.add_argument("--dtype", choices=DTYPES, default="int16", help="type of the pixels")
@@ -138,7 +140,8 @@ def main(args: argparse.Namespace, run: Run) -> None:
         args.axis_error, args.tilt_error, args.drift, args.jitter, tuple(args.bad or ()), args.magnification_change)  # fmt: skip
     imaging = simulate.Imaging(
         Optics(args.voltage, args.cs, args.amplitude_contrast), args.defocus, args.defocus_jitter, args.astigmatism,
-        args.astigmatism_angle, args.phase_shift, args.handedness, args.mtf, args.phase_drift)  # fmt: skip
+        args.astigmatism_angle, args.phase_shift, args.handedness, args.mtf, args.phase_drift,
+        tuple(args.beam_tilt))  # fmt: skip
     specimen = simulate.Specimen(
         args.count, args.distance or classes.diameter, fractions, args.thickness, tuple(args.slab_tilt), args.beads,
         args.bead_radius, args.motion, args.motion_range, args.ice, args.margin)  # fmt: skip

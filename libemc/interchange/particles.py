@@ -118,7 +118,12 @@ def _file(
         box=optics.box,
         pixel_size=optics.pixel_size,
         ctf_premultiplied=optics.premultiplied,
-        optics=Optics(voltage=optics.voltage, cs=optics.cs, amplitude_contrast=optics.amplitude_contrast),
+        optics=Optics(
+            voltage=optics.voltage,
+            cs=optics.cs,
+            amplitude_contrast=optics.amplitude_contrast,
+            beam_tilt=optics.beam_tilt,
+        ),
         tilts=ParticleTilts(use=tuple(bool(v) for v in use), **columns),
         defocus_handedness=hand,
         particles=particles,
@@ -368,12 +373,12 @@ def relion31_table(series: Sequence[Particles], stacks: Mapping[str, Path]) -> r
     Args:
         stacks: where each tilt series' images will be, by name; the order there is that of the table.
     """
-    groups: dict[tuple[float, float, float, bool], relion.OpticsGroup] = {}
+    groups: dict[tuple[float, float, float, bool, tuple[float, float] | None], relion.OpticsGroup] = {}
     columns: dict[str, list[Any]] = defaultdict(list)
     for particles in series:
         file, table = particles.file, image_table(particles)
         lens = file.optics
-        key = (lens.voltage, lens.cs, lens.amplitude_contrast, file.ctf_premultiplied)
+        key = (lens.voltage, lens.cs, lens.amplitude_contrast, file.ctf_premultiplied, lens.beam_tilt)
         if key not in groups:
             name = f"opticsGroup{len(groups) + 1}"
             groups[key] = relion.OpticsGroup(name, file.pixel_size, file.box, *key)

@@ -289,7 +289,9 @@ def with_alignment(record: TiltSeriesRecord, found: geometry.Alignment, ctf: geo
         "tilts": tilts.model_copy(update={"use": used, "reason": tuple(why)}),
     }
     if ctf is not None:
-        old_hand = record.ctf.defocus_handedness if record.ctf else -1
+        old_hand, beam_tilt = (record.ctf.defocus_handedness, record.ctf.beam_tilt) if record.ctf else (-1, None)
+        if ctf.beam_tilt is not None:
+            beam_tilt = ctf.beam_tilt if any(ctf.beam_tilt) else None
         update["ctf"] = records.Ctf(
             defocus_u=row(ctf.defocus_u),
             defocus_v=row(ctf.defocus_v),
@@ -298,6 +300,7 @@ def with_alignment(record: TiltSeriesRecord, found: geometry.Alignment, ctf: geo
             score=None if ctf.score is None else row(ctf.score),
             resolution=None if ctf.resolution is None else row(ctf.resolution),
             defocus_handedness=-1 if (ctf.handedness or old_hand) < 0 else 1,
+            beam_tilt=beam_tilt,
         )
     return record.model_copy(update=update)
 

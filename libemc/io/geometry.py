@@ -126,6 +126,7 @@ class Ctf:
         angle: degrees from +x to the axis of U, (T,).
         phase_shift: degrees, (T,).
         handedness: sign of the defocus slope, or None where the file does not say.
+        beam_tilt: (x, y) mrad, or None where the file does not say.
         score, resolution: (T,) or None; resolution in Å.
     """
 
@@ -136,6 +137,7 @@ class Ctf:
     handedness: int | None = None
     score: Array | None = None
     resolution: Array | None = None
+    beam_tilt: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         names = ("defocus_u", "defocus_v", "angle", "phase_shift", "score", "resolution")

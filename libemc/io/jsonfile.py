@@ -36,6 +36,23 @@ def per_tilt(
     return numbers
 
 
+def pair(section: dict[str, Any], key: str, path: StrPath) -> tuple[float, float] | None:
+    """Two numbers of a section, or None where it does not say them.
+
+    Raises:
+        InputError: it says something else.
+    """
+    if section.get(key) is None:
+        return None
+    try:
+        numbers = np.asarray(section[key], dtype=np.float64)
+    except (TypeError, ValueError):
+        numbers = np.zeros(0)
+    if numbers.shape != (2,) or not np.isfinite(numbers).all():
+        raise InputError(f"{key} is not two finite numbers", path, f"write {key} as [x, y]")
+    return float(numbers[0]), float(numbers[1])
+
+
 def read_json_alignment(path: StrPath, count: int | None = None) -> tuple[Alignment, Ctf | None]:
     """Alignment and, if there is one, CTF of a JSON file in our own conventions and names.
 
@@ -73,4 +90,5 @@ def read_json_alignment(path: StrPath, count: int | None = None) -> tuple[Alignm
         angle=per_tilt(section, "angle", path, count, 0.0),
         phase_shift=per_tilt(section, "phase_shift", path, count, 0.0),
         handedness=hand,
+        beam_tilt=pair(section, "beam_tilt", path),
     )

@@ -70,7 +70,7 @@ class Tomogram:
 
 @dataclass(frozen=True)
 class OpticsGroup:
-    """One row of an optics table: Å, px, kV, mm."""
+    """One row of an optics table: Å, px, kV, mm, mrad (x, y; None: no beam tilt)."""
 
     name: str
     pixel_size: float
@@ -79,6 +79,7 @@ class OpticsGroup:
     cs: float
     amplitude_contrast: float
     premultiplied: bool = False
+    beam_tilt: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -404,9 +405,10 @@ def _optics(table: pd.DataFrame, particles: pd.DataFrame, path: StrPath) -> tupl
         "amplitude_contrast": numbers(table, "rlnAmplitudeContrast", path),
         "premultiplied": numbers(table, "rlnCtfDataAreCtfPremultiplied", path, 0.0) > 0,
     }
+    beam_tilts = zip(*(numbers(table, f"rlnBeamTilt{axis}", path, 0.0).tolist() for axis in "XY"), strict=True)
     groups = [
-        OpticsGroup(name=name, **{key: column[row].item() for key, column in columns.items()})
-        for row, name in enumerate(names)
+        OpticsGroup(name, beam_tilt=tilt if any(tilt) else None, **{key: c[row].item() for key, c in columns.items()})
+        for row, (name, tilt) in enumerate(zip(names, beam_tilts, strict=True))
     ]
     if "rlnOpticsGroup" not in particles.columns:
         return groups, np.zeros(len(particles), np.int64)
@@ -568,6 +570,9 @@ def write_particles_2d(path: StrPath, particles: Particles2D) -> None:
             "rlnCtfDataAreCtfPremultiplied": [int(group.premultiplied) for group in particles.optics],
         }
     )
+    beam_tilts = [group.beam_tilt or (0.0, 0.0) for group in particles.optics]
+    if any(map(any, beam_tilts)):
+        optics["rlnBeamTiltX"], optics["rlnBeamTiltY"] = zip(*beam_tilts, strict=True)
     columns: dict[str, object] = {
         "rlnImageName": particles.image,
         "rlnMicrographName": particles.micrograph,

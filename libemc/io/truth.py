@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from libemc.errors import InputError
 from libemc.io.files import StrPath, read_json
 from libemc.io.geometry import Alignment, Array, Ctf, Picks, euler_from_matrix
-from libemc.io.jsonfile import per_tilt
+from libemc.io.jsonfile import pair, per_tilt
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,8 @@ def read_truth(path: StrPath) -> Truth:
     """Read a simulator's truth.
 
     `astig` is U - V: U and V are defocus ± astig/2 (the simulated images correlate best with the map's projections
-    at that astigmatism). `phase_shift`, of a phase plate, is one number in degrees, or one per tilt, or not there.
+    at that astigmatism). `phase_shift`, of a phase plate, is one number in degrees, or one per tilt, or not there;
+    `beam_tilt` is two numbers in mrad, or not there.
     Poses are matrices, particle to specimen.
 
     Raises:
@@ -92,6 +93,7 @@ def read_truth(path: StrPath) -> Truth:
                 angle=per_tilt(data, "astig_ang", path, count, 0.0),
                 phase_shift=per_tilt(data, "phase_shift", path, count, 0.0),
                 handedness=int(data["defocus_handedness"]),
+                beam_tilt=pair(data, "beam_tilt", path),
             ),
             picks=Picks(np.array(data["pos_A"], dtype=np.float64), rot=rot, tilt=theta, psi=psi),
             classes=np.array(data.get("cls", np.zeros(len(poses))), dtype=np.int64),

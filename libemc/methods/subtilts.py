@@ -572,7 +572,12 @@ def load_batch(
     at_centre = particles.defocus[index][owner, tilt] + own.defocus[index][owner, tilt]
     defocus = at_centre + series.handedness * q[:, 2]
     lens = particles.lens[index][owner, tilt]
-    spectra = values = slices.spectra_of_images(images, band)
+    spectra = slices.spectra_of_images(images, band)
+    if file.optics.beam_tilt is not None:
+        kx, ky = band.frequencies(file.pixel_size)
+        phase = ctf_model.beam_tilt_phase(kx, ky, torch.tensor(file.optics.beam_tilt), series.optics)
+        spectra = spectra * torch.polar(torch.ones_like(phase), -phase)
+    values = spectra
     weighted = series.premultiplied and noise is not None and is_dose_weighted(noise, series, band, file.pixel_size)
     if weighted:
         series = replace(series, dose_end=torch.zeros_like(series.dose_end))

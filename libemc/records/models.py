@@ -44,6 +44,7 @@ def _check_lengths(values: Iterable[tuple[str, Any]], count: int, what: str, rem
 
 
 Free = Annotated[dict[str, Any], AfterValidator(_finite)]
+Pair = tuple[float, float]
 Vector = tuple[float, float, float]
 Numbers = tuple[float, ...]
 Scores = tuple[float | None, ...]
@@ -233,6 +234,8 @@ class Ctf(Section):
     """The sign of q_z in a point's defocus."""
     handedness_score: float | None = None
     """How sure that is, from 0, undecided, to 1."""
+    beam_tilt: Pair | None = None
+    """mrad along x and y, of the whole tilt series; absent: none."""
 
 
 class Tomogram(Section):
@@ -276,6 +279,10 @@ class Picks(Section):
         return self
 
 
+OF_THE_SERIES = ("loss", "beam_tilt")
+"""Lists of a section that are not per tilt."""
+
+
 class TiltSeriesRecord(Record):
     """`info/<name>_info.json`: one tilt series, a section for each concern. A missing section is not done yet."""
 
@@ -297,7 +304,7 @@ class TiltSeriesRecord(Record):
     def _lengths(self) -> TiltSeriesRecord:
         count = self.source.shape[0]
         for name, section in (("tilts", self.tilts), ("alignment", self.alignment), ("ctf", self.ctf)):
-            lists = ((f"{name}.{key}", value) for key, value in section or () if key != "loss")
+            lists = ((f"{name}.{key}", value) for key, value in section or () if key not in OF_THE_SERIES)
             _check_lengths(lists, count, "images in source.shape", "write one entry for each image of the stack")
         if self.alignment is not None and self.alignment.deformation is not None:
             lists = ((f"alignment.deformation.{key}", getattr(self.alignment.deformation, key)) for key in ("dx", "dy"))
@@ -311,6 +318,8 @@ class Optics(Section):
     voltage: PositiveFloat
     cs: float
     amplitude_contrast: float
+    beam_tilt: Pair | None = None
+    """mrad along x and y; absent: none."""
 
 
 class ParticleTilts(Section):
@@ -380,6 +389,8 @@ PER_TILT = ("defocus", "astigmatism", "astigmatism_angle", "phase_shift", "visib
 """A particle's own lists with one entry per tilt."""
 OPTIONAL = ("z", "image", "astigmatism", "astigmatism_angle", "phase_shift", "subtilt")
 """What a particle's line leaves out while it is null."""
+LEFT_OUT = {"ctf": ("beam_tilt",), "optics": ("beam_tilt",)}
+"""What these sections leave out while it is null."""
 
 
 class Particle(Section):

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from libemc.errors import InputError
 from libemc.records.migration import migrate
-from libemc.records.models import KINDS, OPTIONAL, Record
+from libemc.records.models import KINDS, LEFT_OUT, OPTIONAL, Record
 
 M = TypeVar("M", bound=BaseModel)
 R = TypeVar("R", bound=Record)
@@ -44,6 +44,10 @@ def dumps(record: Record) -> str:
     content = record.model_dump(by_alias=True, warnings=False)  # the store reads back what it writes
     for key in record.left_out_when_empty & {key for key, value in content.items() if not value}:
         del content[key]
+    for section, keys in LEFT_OUT.items():
+        for key in keys if content.get(section) else ():
+            if content[section][key] is None:
+                del content[section][key]
     for particle in content.get("particles", ()) if record.kind == "particles" else ():
         for key in OPTIONAL:
             if particle[key] is None:

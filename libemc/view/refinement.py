@@ -10,7 +10,7 @@ import base64
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from os import PathLike
@@ -135,18 +135,9 @@ def write_page(path: str | PathLike[str], page: RunPage) -> None:
             picture = Path(folder) / f"{number}.png"
             draw(picture, page)
             data = base64.b64encode(picture.read_bytes()).decode()
-            figures.append(
-                f'<section><h2>{headline}</h2><figure><img alt="{headline}" src="data:image/png;base64,{data}">'
-                f"<figcaption>{caption}</figcaption></figure></section>"
-            )
+            figures.append(section(headline, illustration(f"data:image/png;base64,{data}", headline, caption)))
     parts = [_summary(page), _iterations_table(page), *figures, _rejected_table(page)]
-    title = escape(page.title)
-    text = (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
-        f"<body><h1>{title}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
-    write_bytes(path, text.encode())
+    write_bytes(path, document(page.title, parts).encode())
 
 
 _STYLE = """
@@ -156,18 +147,51 @@ h2{font-size:1.1rem;font-weight:600;margin:2.2rem 0 .5rem}
 table{border-collapse:collapse}
 th{text-align:left;font-weight:500;color:#555;border-bottom:1px solid #bbb;padding:.25rem 1.2rem .25rem 0}
 td{border-bottom:1px solid #e6e6e6;padding:.25rem 1.2rem .25rem 0;font-variant-numeric:tabular-nums}
-tr.last td{font-weight:600}
+tr.strong td{font-weight:600}
 figure{margin:0} img{max-width:100%;height:auto} figcaption{color:#555;font-size:.9rem}
 .first{font-size:2rem;font-weight:600;margin:.2rem 0}
 """
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], last_is_strong: bool) -> str:
-    """Cells are text, not markup."""
+def document(title: str, parts: Sequence[str]) -> str:
+    """A page of HTML, its style within it.
+
+    Args:
+        title: text, the headline too.
+        parts: markup, one below the other.
+    """
+    name = escape(title)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
+        f"<body><h1>{name}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def section(headline: str, body: str) -> str:
+    """A part of a page: its headline is text, its body markup."""
+    return f"<section><h2>{escape(headline)}</h2>{body}</section>"
+
+
+def illustration(source: str, name: str, caption: str) -> str:
+    """A picture with its caption: a URL, and two texts."""
+    return (
+        f'<figure><img alt="{escape(name)}" src="{escape(source)}"><figcaption>{escape(caption)}</figcaption></figure>'
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], strong: Container[int] = ()) -> str:
+    """A table whose cells are text.
+
+    Args:
+        head: names of the columns.
+        rows: a cell for each column.
+        strong: places of the rows, from 0, that stand out.
+    """
     lines = ["<table><tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
-    for number, row in enumerate(rows, start=1):
-        strong = ' class="last"' if last_is_strong and number == len(rows) else ""
-        lines.append(f"<tr{strong}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+    for place, row in enumerate(rows):
+        mark = ' class="strong"' if place in strong else ""
+        lines.append(f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
     return "\n".join([*lines, "</table>"])
 
 
@@ -178,7 +202,7 @@ def _summary(page: RunPage) -> str:
     halves = ", ".join(f"{int(((page.half == h) & page.use).sum())} in half {h}" for h in (1, 2))
     rows = [("particles", f"{count}; {halves}"), ("tilt series", str(len(set(page.series)))), *page.facts.items()]
     resolution = page.iterations[-1].resolution
-    return f'<p class="first">{resolution:.2f} Å</p>' + _table(("at FSC 0.143", ""), rows, False)
+    return f'<p class="first">{resolution:.2f} Å</p>' + table(("at FSC 0.143", ""), rows)
 
 
 def _iterations_table(page: RunPage) -> str:
@@ -188,19 +212,19 @@ def _iterations_table(page: RunPage) -> str:
         (str(k), i.kind, f"{i.band:.1f}", f"{i.resolution:.2f}", f"{i.turned:.2f}", f"{i.moved:.2f}")
         for k, i in enumerate(page.iterations, start=1)
     ]
-    return "<section><h2>Iterations</h2>" + _table(head, rows, True) + "</section>"
+    return section("Iterations", table(head, rows, {len(rows) - 1}))
 
 
 def _rejected_table(page: RunPage) -> str:
     """How many particles of each tilt series are left out for which reason."""
     found = Counter((why, name) for why, name in zip(page.reason, page.series, strict=True) if why is not None)
     if not found:
-        return "<section><h2>Rejected particles</h2><p>None.</p></section>"
+        return section("Rejected particles", "<p>None.</p>")
     rows = []
     for why, count in Counter(why for why in page.reason if why is not None).most_common():
         where = ", ".join(f"{name} {n}" for (other, name), n in found.items() if other == why)
         rows.append((why, str(count), where))
-    return "<section><h2>Rejected particles</h2>" + _table(("reason", "particles", "of"), rows, False) + "</section>"
+    return section("Rejected particles", table(("reason", "particles", "of"), rows))
 
 
 def _some(count: int, most: int) -> list[int]:

@@ -151,7 +151,8 @@ def write_set(folder: Path, matrices: bool) -> Alignment:
     write_star(folder / "tomograms.star", {"global": pd.DataFrame(tomogram)})
     optics = {
         "rlnOpticsGroup": [3], "rlnOpticsGroupName": ["g"], "rlnVoltage": [300.0], "rlnSphericalAberration": [2.7],
-        "rlnAmplitudeContrast": [0.1], "rlnImagePixelSize": [4.0], "rlnImageSize": [8],
+        "rlnAmplitudeContrast": [0.1], "rlnImagePixelSize": [4.0], "rlnImageSize": [8], "rlnBeamTiltX": [0.3],
+        "rlnBeamTiltY": [-0.2],
     }  # fmt: skip
     particles = {
         "rlnTomoName": ["017"], "rlnOpticsGroup": [3], "rlnImageName": ["p.mrcs"], "rlnTomoVisibleFrames": ["[1,1,0]"],
@@ -178,6 +179,7 @@ def test_both_forms_of_geometry(tmp_path: Path, matrices: bool) -> None:
     np.testing.assert_allclose(particles.xyz, [[(60 - 50) * 2 - 1, (50 - 60) * 2, (25 - 20) * 2]])
     stack, index = particles.open_images(0)
     assert stack.shape == (2, 8, 8) and index.tolist() == [0, 1, -1]
+    assert particles.optics[0].beam_tilt == (0.3, -0.2)
 
 
 def test_2d_particles_written_and_read(tmp_path: Path) -> None:
@@ -192,7 +194,7 @@ def test_2d_particles_written_and_read(tmp_path: Path) -> None:
         group=np.array([0, 1, 0, 1, 1]),
         optics=[
             relion.OpticsGroup("one", 2.5, 64, 300.0, 2.7, 0.07),
-            relion.OpticsGroup("2", 3.0, 32, 200.0, 2.0, 0.1, True),
+            relion.OpticsGroup("2", 3.0, 32, 200.0, 2.0, 0.1, True, (0.4, -1.25)),
         ],
         half=np.array([1, 2, 1, 2, 2]),
         group_name=[f"TS_{i:03d}" for i in range(n)],
@@ -209,5 +211,10 @@ def test_2d_particles_written_and_read(tmp_path: Path) -> None:
     table = starfile.read(tmp_path / "p.star")["particles"]
     np.testing.assert_allclose(table["rlnOriginXAngst"], -values["dx"], atol=1e-6)
     assert table["rlnOpticsGroup"].tolist() == [1, 2, 1, 2, 2]
+    optics = starfile.read(tmp_path / "p.star")["optics"]
+    assert optics["rlnBeamTiltX"].tolist() == [0.0, 0.4] and optics["rlnBeamTiltY"].tolist() == [0.0, -1.25]
+    straight = [relion.OpticsGroup("one", 2.5, 64, 300.0, 2.7, 0.07), relion.OpticsGroup("2", 3.0, 32, 200.0, 2.0, 0.1)]
+    relion.write_particles_2d(tmp_path / "q.star", relion.Particles2D(**{**vars(written), "optics": straight}))
+    assert "BeamTilt" not in (tmp_path / "q.star").read_text()
     with pytest.raises(ValueError, match="no particles"):
         relion.write_particles_2d(tmp_path / "none.star", relion.Particles2D(**{**vars(written), "image": []}))

@@ -57,3 +57,15 @@ def test_magnification_of_each_tilt(tmp_path: Path) -> None:
         path.write_text(json.dumps(DATA | more))
         truth = read_truth(path)
         assert truth.alignment.magnification.tolist() == want
+
+
+def test_beam_tilt_of_the_series(tmp_path: Path) -> None:
+    """Two numbers; not said by older simulations."""
+    path = tmp_path / "ts_truth.json"
+    for more, want in (({}, None), ({"beam_tilt": [0.5, -2]}, (0.5, -2.0)), ({"beam_tilt": [0, 0]}, (0.0, 0.0))):
+        path.write_text(json.dumps(DATA | more))
+        assert read_truth(path).ctf.beam_tilt == want
+    for wrong in ([1.0], [1.0, 2.0, 3.0], 1.0, "12", "one", [1.0, None], {"x": 1.0, "y": 2.0}):
+        path.write_text(json.dumps(DATA | {"beam_tilt": wrong}))
+        with pytest.raises(InputError, match="beam_tilt is not two finite numbers; write beam_tilt as"):
+            read_truth(path)

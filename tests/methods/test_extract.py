@@ -122,6 +122,22 @@ def test_doses_are_the_records_or_none() -> None:
         np.testing.assert_allclose(found, np.exp(-np.array(expected) / (2 * critical)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("beam_tilt", [None, (0.5, -1.5)])
+def test_beam_tilt_is_handed_over(beam_tilt: tuple[float, float] | None) -> None:
+    source = Source(stack="s.mrc", shape=(1, 60, 60), pixel_size=2.0, voltage=300.0, cs=2.7, amplitude_contrast=0.07)
+    zero = (0.0,)
+    alignment = Alignment(axis=zero, tilt=zero, xtilt=zero, shift_x=zero, shift_y=zero)
+    ctf = Ctf(defocus_u=(2e4,), defocus_v=(2e4,), angle=zero, phase_shift=zero, beam_tilt=beam_tilt)
+    picks = {"p": Picks(xyz=((0.0, 0.0, 0.0),))}
+    tilts = Tilts(nominal=zero, use=(True,))
+    record = TiltSeriesRecord(name="s", source=source, tilts=tilts, alignment=alignment, ctf=ctf, picks=picks)
+    patches = extract.locate(picks["p"].xyz, TiltGeometry.of(alignment, tilts.use), ctf, (60, 60), 2.0, 20)
+    file = extract.particle_file(record, "p", "set", 20, 2.0, "c1", patches)
+    assert file.optics.beam_tilt == beam_tilt and (file.optics.voltage, file.optics.cs) == (300.0, 2.7)
+    for text in (dumps(record), dumps(file)):  # records of before it was known stay as they are
+        assert ("beam_tilt" in text) == (beam_tilt is not None)
+
+
 def noisy_series(contrast: str, raw_box: int) -> tuple[TiltSeriesRecord, np.ndarray, TiltGeometry, extract.Patches]:
     """Five tilts, the second unused, magnified and deformed; of 30 points some at the edges, one out of the field."""
     rng = np.random.default_rng(5)

@@ -125,6 +125,18 @@ def one_exposure(band: Band, dose: torch.Tensor) -> torch.Tensor:
     return torch.exp(-dose / (2 * critical))
 
 
+def test_a_tilted_beam_goes_out_and_comes_back(made: records.ParticleFile) -> None:
+    tilted = made.optics.model_copy(update={"beam_tilt": (0.75, -1.5)})
+    records.update(
+        "particles/ours/TS_01.json", lambda file: file.model_copy(update={"optics": tilted}), records.ParticleFile
+    )
+    assert ran("ours") == 0
+    (optics,) = starfile.read("export/ours/particles.star")["optics"].to_dict("records")
+    assert (optics["rlnBeamTiltX"], optics["rlnBeamTiltY"]) == (0.75, -1.5)
+    assert emc_import.program.main(["--particles", "export/ours/particles.star", "--set", "back", "--quiet"]) == 0
+    assert {file.optics.beam_tilt for file in records.load_particles("back")[1].values()} == {(0.75, -1.5)}
+
+
 def test_premultiplied_unknown_and_magnified(made: records.ParticleFile, capsys: pytest.CaptureFixture[str]) -> None:
     path = "particles/ours/TS_01.json"
     blind = tuple(p.model_copy(update={"defocus": None}) for p in made.particles)

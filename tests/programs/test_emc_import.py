@@ -396,6 +396,18 @@ def test_alignment_of_imod_and_json(imported: Path, capsys: pytest.CaptureFixtur
     assert Path("info/TS_01_info.json").read_bytes() == text
 
 
+def test_beam_tilt_of_a_ctf(imported: Path) -> None:
+    """What a file says of it is taken; one that doesn't say leaves what is known, and two zeros are none."""
+    flat = {"axis": [80.0] * 5, "tilt": TILTS, "shift_x": [0.0] * 5, "shift_y": [2.0] * 5}
+    for said, want in (([0.5, -1], (0.5, -1.0)), (None, (0.5, -1.0)), ([0.0, 0.0], None), (None, None)):
+        lens = {"defocus_u": [3e4] * 5, "beam_tilt": said}
+        Path("a.json").write_text(json.dumps({"alignment": flat, "ctf": lens}))
+        assert ran("TS_01", "--alignment", "a.json", "--overwrite") == 0
+        found = record().ctf
+        assert found is not None and found.beam_tilt == want
+        assert ("beam_tilt" in Path("info/TS_01_info.json").read_text()) == (want is not None)
+
+
 def test_alignment_of_relion_for_several_series(imported: Path) -> None:
     assert ran(stack("TS_02.mrc", images(seed=9)), "--dose", "1") == 0
     tables = {}
@@ -509,7 +521,12 @@ def test_2d_particles(project: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert ran("--particles", "flat.star", "--set", "flat", "--symmetry", "c3") == 0
     head, (series,) = projects.open_particles("flat")
     assert (head.symmetry, head.pixel_size, head.count) == ("c3", 3.0, n)
-    assert series.file.optics.model_dump() == {"voltage": 200.0, "cs": 2.0, "amplitude_contrast": 0.1}
+    assert series.file.optics.model_dump() == {
+        "voltage": 200.0,
+        "cs": 2.0,
+        "amplitude_contrast": 0.1,
+        "beam_tilt": None,
+    }
     assert series.half.tolist() == [1, 2] * 6
     kept = np.asarray(series.stack, np.float64)
     scale = (kept * data).sum() / (data.astype(np.float64) ** 2).sum()  # one for the whole set; the rest is float16's

@@ -121,6 +121,14 @@ def test_a_phase_plate(project: Path) -> None:
     assert truth["phase_shift"] == [50 - 20 * k / 4 for k in truth["acq"]]
 
 
+def test_a_tilted_beam(project: Path) -> None:
+    for name, argv in (("TS_01", ["--beam-tilt", "1.5", "-0.25"]), ("TS_02", [])):
+        assert ran(name, *SMALL, "--ice", "0", "--noise-free", "--dtype", "float32", "--seed", "3", *argv) == 0
+    said = [json.loads(Path(f"{name}_truth.json").read_text())["beam_tilt"] for name in ("TS_01", "TS_02")]
+    assert said == [[1.5, -0.25], [0.0, 0.0]]
+    assert (mrcfile.read("TS_01.mrc") != mrcfile.read("TS_02.mrc")).any()
+
+
 def test_dry_run_writes_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ran("TS_01", *SMALL, "--dry-run") == 0
     assert capsys.readouterr().out.startswith("TS_01: 5 tilts, 3 particles (about ")

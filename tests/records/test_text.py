@@ -73,6 +73,19 @@ def test_per_tilt_lists_are_one_line_each_and_undone_sections_are_absent() -> No
     assert loads(dumps(undone).encode(), "x", TiltSeriesRecord) == undone
 
 
+@pytest.mark.parametrize(("kind", "section"), [("tiltseries", "ctf"), ("particles", "optics")])
+def test_a_beam_tilt_is_two_numbers_or_absent(kind: str, section: str) -> None:
+    """Of the tilt series, which may have any number of tilts."""
+    content = example(kind)
+    record = loads(json.dumps(content).encode(), "x", Record)
+    assert json.loads(dumps(record))[section]["beam_tilt"] == content[section]["beam_tilt"] == [0.35, -0.12]
+    del content[section]["beam_tilt"]
+    without = loads(json.dumps(content).encode(), "x", Record)
+    assert getattr(without, section).beam_tilt is None and "beam_tilt" not in dumps(without)
+    content[section]["beam_tilt"] = [0.1, 0.2, 0.3]
+    assert message(content).startswith(f"key {section}.beam_tilt")
+
+
 def test_records_are_frozen() -> None:
     record = load(INFO / "example_tiltseries.json", TiltSeriesRecord)
     with pytest.raises(ValueError, match="frozen"):

@@ -1,0 +1,198 @@
+"""The joint fit of one tilt series: corrections and poses of all its particles, by the levels that are on.
+
+Gauss-Newton: measure the evidence where everything is now, solve the linear problem with all of its neighbours in space and
+time, go there, and again; in coarse data first, since a period of the finest is soon jumped. Particles of several kinds share
+what they have in common.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from libemc.methods.joint.evidence import (
+    ASTIGMATISM,
+    DEFOCUS,
+    GEOMETRY,
+    LENS,
+    PARAMETERS,
+    SHIFT,
+    TURN,
+    Evidence,
+    measure,
+)
+from libemc.methods.joint.levels import POSE, Case, Choice, Scene
+from libemc.methods.joint.solve import solve
+from libemc.methods.joint.terms import total
+from libemc.methods.refine.motion import Walk
+from libemc.methods.subtilts import Particles, Progress, noise_spectrum
+from libemc.numerics.rotations import matrix_from_rotvec
+from libemc.numerics.slices import Band, FourierVolume
+
+COARSE = 2.0
+"""Times the finest period: of the data that a fit begins in."""
+STEPS = (2, 2)
+"""Gauss-Newton steps in coarse and in fine data."""
+LEAST_RADIUS = 4
+"""Fourier pixels of the coarsest band."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """The particles of one kind in a tilt series, and what they are compared with.
+
+    Attributes:
+        particles: with their present poses and corrections.
+        references: (n, n, n) of half 1 and half 2, filtered and masked.
+        resolution: Å, finest data that takes part.
+    """
+
+    particles: Particles
+    references: tuple[Tensor, Tensor]
+    resolution: float
+
+    @property
+    def taken(self) -> Tensor:
+        """(N,) bool: those that take part."""
+        return self.particles.use & (self.particles.weight > 0)
+
+    def evidence(self, resolution: float, memory: int, progress: Progress | None = None) -> Evidence:
+        """All images with their present weights taken off, in data to a resolution in Å."""
+        file = self.particles.file
+        band = Band.of(file.box, max(LEAST_RADIUS, file.box * file.pixel_size / resolution))
+        volumes = [FourierVolume.from_map(r, radius=band.radius) for r in self.references]
+        every = self.particles.corrected(weight=torch.ones_like(self.particles.corrections.weight))
+        noise = noise_spectrum(self.particles, band)
+        return measure(every, self.taken, (volumes[0], volumes[1]), band, noise, memory, progress)
+
+
+def joined(found: Sequence[Evidence]) -> Evidence:
+    """The evidence of several kinds as one, particle after particle."""
+    return Evidence(*(torch.cat([getattr(e, f.name) for e in found]) for f in fields(Evidence)))
+
+
+def scene_of(members: Sequence[Member]) -> Scene:
+    """Where all of the particles are."""
+    series = members[0].particles.series
+    finest = min(m.resolution for m in members)
+    return Scene(series.matrices, torch.cat([m.particles.xyz for m in members]), Walk.of(series, finest).basis)
+
+
+def present(members: Sequence[Member]) -> Tensor:
+    """(N, T, 8): the corrections that particles have."""
+    out = []
+    for m in members:
+        own = m.particles.corrections
+        u = torch.zeros(*own.defocus.shape, PARAMETERS, dtype=torch.float64)
+        u[..., TURN], u[..., SHIFT], u[..., DEFOCUS] = own.turn, own.shift, own.defocus[..., None]
+        out.append(u)
+    return torch.cat(out)
+
+
+def case_of(members: Sequence[Member], group: Tensor, memory: int, progress: Progress | None = None) -> Case:
+    """What levels are chosen by: the particles of a group (G,), numbered through all members, in the finest data."""
+    evidence = joined([m.evidence(m.resolution, memory, progress) for m in members])
+    return case_among(members, evidence, group)
+
+
+def case_among(members: Sequence[Member], evidence: Evidence, group: Tensor) -> Case:
+    """The same from evidence that is known."""
+    scene = scene_of(members)
+    return Case(replace(scene, xyz=scene.xyz[group]), evidence.some(group), present(members)[group])
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a fit ends with.
+
+    Attributes:
+        members: particles at their new poses, with their new corrections.
+        shares: for each group its levels' terms: (N, T, 8) what each contributes to the corrections, and its numbers.
+    """
+
+    members: list[Member]
+    shares: list[dict[str, tuple[Tensor, Tensor]]]
+
+
+def fit(
+    members: Sequence[Member],
+    groups: Sequence[Tensor],
+    choices: Sequence[Choice],
+    memory: int,
+    progress: Progress | None = None,
+) -> Fit:
+    """Fit the particles of one tilt series.
+
+    Args:
+        groups: particles, numbered through all members, that are fitted by themselves; together all of them.
+        choices: the levels that are on. Without one of the geometry, poses and geometry stay; without one of the CTF, that.
+    """
+    scene, now = scene_of(members), list(members)
+    corrections, lens = present(members), torch.cat([m.particles.lens for m in members])
+    shares: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in groups]
+    for number, steps in enumerate(STEPS):
+        for _ in range(steps):
+            coarser = COARSE if number == 0 else 1.0
+            evidence = joined([m.evidence(m.resolution * coarser, memory, progress) for m in now])
+            pose = torch.zeros(len(corrections), 6, dtype=torch.float64)
+            target = corrections.clone()
+            for group, share in zip(groups, shares, strict=True):
+                own = replace(scene, xyz=scene.xyz[group])
+                for part in (GEOMETRY, LENS):
+                    some = [c for c in choices if c.level.lens == (part is LENS)]
+                    if not some:
+                        continue
+                    e = evidence.some(group).part(part)
+                    terms = [own.term(c) for c in some]
+                    free = [] if part is LENS else [own.pose()]
+                    slope = e.about(corrections[group][..., part])
+                    w = solve(slope, e.curvature, [*free, *terms])
+                    if free:
+                        pose[group] = w[0][:, 0]
+                        w = w[1:]
+                    target[group, :, part] = total(terms, w)
+                    for c, t, x in zip(some, terms, w, strict=True):
+                        share[c.level.name] = (t.forward(x), x)
+            corrections = target
+            now = _at(now, corrections, lens, pose)
+    return Fit(now, shares)
+
+
+def _at(members: Sequence[Member], corrections: Tensor, lens: Tensor, pose: Tensor) -> list[Member]:
+    """With corrections (N, T, 8) about astigmatism `lens` (N, T, 3), and poses moved by (N, 6) of `POSE`."""
+    out, first = [], 0
+    for m in members:
+        mine = slice(first, first + len(m.particles))
+        first = mine.stop
+        u, p, step = corrections[mine], m.particles, pose[mine]
+        turned = matrix_from_rotvec(POSE[0] * step[:, :3]) @ p.rotation
+        moved = p.moved(turned, p.xyz + POSE[1] * step[:, 3:], p.score)
+        moved = moved.corrected(turn=u[..., TURN].clone(), shift=u[..., SHIFT].clone(), defocus=u[..., 5].clone())
+        if u[..., ASTIGMATISM].any():
+            moved = replace(moved, lens=with_astigmatism(lens[mine], u[..., ASTIGMATISM]))
+        out.append(replace(m, particles=moved))
+    return out
+
+
+def with_astigmatism(lens: Tensor, more: Tensor) -> Tensor:
+    """(N, T, 3) astigmatism, angle and phase shift `lens` with `more` (N, T, 2) of astigmatism added."""
+    angle = torch.deg2rad(2 * lens[..., 1])
+    x, y = lens[..., 0] * angle.cos() + more[..., 0], lens[..., 0] * angle.sin() + more[..., 1]
+    return torch.stack([torch.hypot(x, y), torch.rad2deg(torch.atan2(y, x)) / 2 % 180, lens[..., 2]], dim=-1)
+
+
+def rms_shift(evidence: Evidence) -> Tensor:
+    """(T,) Å rms by which images would shift on their own, as far as they tell; NaN where a tilt shows nothing.
+
+    The mean over the particles of H⁻¹g and its noise H⁻¹ taken off: what is left of the displacement.
+    """
+    h = evidence.curvature[..., SHIFT, SHIFT] + 1e-12 * torch.eye(2, dtype=torch.float64)
+    step = torch.linalg.solve(h, evidence.slope[..., SHIFT, None])[..., 0]
+    weight = torch.where(evidence.seen, h.diagonal(dim1=-1, dim2=-2).sum(-1), 0.0)
+    noise = torch.linalg.inv(h).diagonal(dim1=-1, dim2=-2).sum(-1)
+    power = (weight * ((step**2).sum(-1) - noise)).sum(0) / weight.sum(0)
+    return torch.where(weight.sum(0) > 0, (power / 2).clamp_min(0).sqrt(), math.nan)
