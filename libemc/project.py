@@ -243,6 +243,11 @@ AVERAGE_FILES = ("average.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "fsc.json"
 """What `write_average` writes into a run's folder."""
 
 
+def plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a run's record holds them: paths as text, tuples as lists."""
+    return {n: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for n, v in options.items()}
+
+
 def save_run(
     path: Path,
     program: str,

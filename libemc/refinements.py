@@ -22,15 +22,12 @@ SLICES = "iterations/slices_{:02d}.mrc"
 """The central slices xy, xz and yz of each iteration's average."""
 
 
-def resume(folder: Path, options: Mapping[str, Any], series: list[Particles]) -> tuple[list[Done], list[Particles]]:
-    """The iterations that a refinement has done, and its particles after the last of them; nothing where none is done.
+def repeated(path: Path, options: Mapping[str, Any]) -> records.Run:
+    """The record of a run that is gone on with.
 
     Raises:
         InputError: the run was begun with other options, or from files that have changed since.
     """
-    path = folder / "run.json"
-    if not path.exists():
-        return [], series
     record = records.load(path, records.Run)
     begun = {**record.options, "seed": record.seed}
     for name, value in options.items():
@@ -41,7 +38,20 @@ def resume(folder: Path, options: Mapping[str, Any], series: list[Particles]) ->
     for old in record.inputs:
         new = records.fingerprint(old.path)
         if (new.size, new.digest) != (old.size, old.digest) or (new.digest is None and new.mtime != old.mtime):
-            raise InputError(f"has changed since {folder} was begun from it", old.path, "begin a new run")
+            raise InputError(f"has changed since {path.parent} was begun from it", old.path, "begin a new run")
+    return record
+
+
+def resume(folder: Path, options: Mapping[str, Any], series: list[Particles]) -> tuple[list[Done], list[Particles]]:
+    """The iterations that a refinement has done, and its particles after the last of them; nothing where none is done.
+
+    Raises:
+        InputError: the run was begun with other options, or from files that have changed since.
+    """
+    path = folder / "run.json"
+    if not path.exists():
+        return [], series
+    record = repeated(path, options)
     past = done_of(record.state)
     return past, project.open_particles(folder)[1] if past else series
 

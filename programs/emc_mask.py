@@ -28,9 +28,6 @@ from libemc.io import mrc
 from libemc.methods import molecular_mask, postprocess
 from libemc.numerics import filters, masks
 
-AUTO_LOWPASS = 15.0
-"""Å: finer detail of a map is no shape."""
-EXTEND_PX, EDGE_PX = 3.0, 6.0
 BYTES_PER_VOXEL = 60
 """Peak memory: the map and the mask in float32, the distance transform and its indices."""
 
@@ -63,7 +60,7 @@ def shaped(volume: Tensor, pixel_size: float, args: argparse.Namespace) -> tuple
     """
     if float(volume.std()) == 0:
         raise InputError("is the same everywhere", args.map, "give a map with density in it, or --sphere")
-    resolution = args.lowpass or (AUTO_LOWPASS if args.threshold is None else 0.0)
+    resolution = args.lowpass or (molecular_mask.SHAPE if args.threshold is None else 0.0)
     if resolution > 2 * pixel_size:
         volume = filters.lowpass(volume, pixel_size, resolution)
     level = args.threshold
@@ -81,14 +78,14 @@ def main(args: argparse.Namespace, run: Run) -> None:
     array, pixel_size = mrc.read_volume(source)
     if run.plan(f"{output}: a mask for {source}", memory=BYTES_PER_VOXEL * array.size, disk=4 * array.size):
         return
-    edge = EDGE_PX if args.edge is None else args.edge / pixel_size
+    edge = molecular_mask.EDGE_PX if args.edge is None else args.edge / pixel_size
     if args.sphere is not None:
         radius = args.sphere / pixel_size
         mask, kind = masks.soft_sphere(array.shape, radius, edge), "sphere"
         dense = int((masks.soft_sphere(array.shape, radius, 0.0) > 0).sum())
     else:
         volume, level = shaped(from_numpy(array), pixel_size, args)
-        extend = EXTEND_PX if args.extend is None else args.extend / pixel_size
+        extend = molecular_mask.EXTEND_PX if args.extend is None else args.extend / pixel_size
         mask, kind = masks.soft_mask_from_map(volume, level, extend, edge), f"threshold {level:.4g}"
         dense = int((volume > level).sum())
     if max(float(mask.select(dim, end).max()) for dim in range(3) for end in (0, -1)) > 0:

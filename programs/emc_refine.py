@@ -37,14 +37,6 @@ MANY = 0.2
 """Share of the particles at the limit of their shifts that is worth a warning."""
 
 
-def share(text: str) -> float:
-    """A number above 0, up to 1."""
-    value = options.fraction(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"'{text}' leaves nothing")
-    return value
-
-
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The program's own options."""
     options.set_or_run(parser)
@@ -64,8 +56,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.mask(parser)
     parser.add_argument("--focus", type=Path, metavar="MAP", help="mask of the references (default: that of the FSC)")
     options.filter(parser, default="spherical")
-    parser.add_argument("--keep", type=share, metavar="X",
-                        help="share of the particles to keep (default: all but those that show too little)")  # fmt: skip
+    options.keep(parser)
     parser.add_argument("--own-noise", action="store_true", help="whiten each particle by its own noise spectrum")
     parser.add_argument("--no-motion", action="store_true", help="particles stand still from exposure to exposure")
     options.iterations(parser)
@@ -110,7 +101,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
     count = sum(int(p.use.sum()) for p in start)
     if run.plan(f"refine {count} particles in a box of {box} at {pixel_size:g} Å", disk=6 * 4 * box**3):
         return
-    kept = {name: str(v) if isinstance(v := getattr(args, name), Path) else v for name in KEPT}
+    kept = project.plain({name: getattr(args, name) for name in KEPT})
     folder = args.path or records.next_run_directory("spt")
     record = folder / "run.json"
     names, again = (record.name, "index.html", *project.AVERAGE_FILES), run.resume and record.exists()

@@ -13,7 +13,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -112,6 +112,28 @@ def fraction(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not from 0 to 1")
     return value
+
+
+def share(text: str) -> float:
+    """A number above 0, up to 1."""
+    value = fraction(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' leaves nothing")
+    return value
+
+
+def some_of(names: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """A type: some of these names, with commas between them."""
+    known = tuple(names)
+
+    def chosen(text: str) -> tuple[str, ...]:
+        parts = tuple(dict.fromkeys(text.split(",")))
+        for part in parts:
+            if part not in known:
+                raise argparse.ArgumentTypeError(f"'{part}' is none of {', '.join(known)}")
+        return parts
+
+    return chosen
 
 
 def integer(text: str) -> int:
@@ -270,6 +292,7 @@ symmetry = _option(
 )
 mask = _option("--mask", type=Path, metavar="MAP", help="mask, a map from 0 to 1 on the same grid")
 reference = _option("--reference", type=Path, metavar="MAP", help="reference map, white")
+keep = _option("--keep", type=share, metavar="X", help="share to keep, the best (default: all but what fits too badly)")
 box = _option("--box", type=box_size, metavar="N", help="box size in pixels, after binning")
 binning = _option("--bin", dest="binning", type=count, metavar="N", help="binning: an output pixel is N pixels wide")
 path = _option("--path", type=Path, metavar="DIR", help="folder of the run (default: the next free number)")

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from libemc.errors import InputError
 from libemc.methods.postprocess import DEVIATION_OF_MAD, otsu_threshold
+from libemc.numerics.filters import lowpass
 from libemc.numerics.grids import centred_radius
+from libemc.numerics.masks import soft_mask_from_map
 
 SEED_SHARE = 0.1
 """Of the voxels above the noise within the inner ball, the strongest part that are seeds."""
@@ -38,6 +40,12 @@ LEVELS = 24
 
 AROUND = 4
 """Voxels about a region whose densities are compared with its own."""
+
+SHAPE = 15.0
+"""Å: finer detail of a map is no shape."""
+
+EXTEND_PX, EDGE_PX = 3.0, 6.0
+"""How far a mask reaches beyond the density, and how wide its edge is, unless told otherwise."""
 
 Mask = NDArray[np.bool_]
 
@@ -137,3 +145,17 @@ def molecular_region(volume: Tensor, floor: float) -> tuple[Tensor, float]:
     beside = ndimage.binary_dilation(grown.cpu().numpy(), iterations=AROUND)
     level = max(floor, otsu_threshold(volume[torch.from_numpy(beside).to(volume.device)]))
     return grown & (volume > level), level
+
+
+def automatic_mask(volume: Tensor, pixel_size: float) -> Tensor:
+    """The soft mask (z, y, x) of a map's particle, by itself.
+
+    Args:
+        volume: (z, y, x) real, white; pixel_size: Å.
+
+    Raises:
+        InputError: as `grown_region`.
+    """
+    smooth = lowpass(volume, pixel_size, SHAPE) if 2 * pixel_size < SHAPE else volume
+    region, level = molecular_region(smooth, noise_level(smooth))
+    return soft_mask_from_map(smooth.where(region, smooth.clamp_max(level)), level, EXTEND_PX, EDGE_PX)

@@ -283,10 +283,20 @@ OF_THE_SERIES = ("loss", "beam_tilt")
 """Lists of a section that are not per tilt."""
 
 
+class Replaced(Section):
+    """Sections that a program has put others in the place of."""
+
+    program: str
+    run: str
+    """The folder of its run."""
+    alignment: Alignment | None = None
+    ctf: Ctf | None = None
+
+
 class TiltSeriesRecord(Record):
     """`info/<name>_info.json`: one tilt series, a section for each concern. A missing section is not done yet."""
 
-    left_out_when_empty = frozenset({"alignment", "ctf", "tomograms", "picks"})
+    left_out_when_empty = frozenset({"alignment", "ctf", "tomograms", "picks", "replaced"})
 
     kind: Literal["tiltseries"] = "tiltseries"
     schema_: Literal[1] = 1
@@ -298,6 +308,8 @@ class TiltSeriesRecord(Record):
     tomograms: tuple[Tomogram, ...] = ()
     picks: dict[str, Picks] = {}
     """Lists of points by label."""
+    replaced: tuple[Replaced, ...] = ()
+    """Alignments and CTFs before they were refined from particles, the oldest first."""
     history: tuple[HistoryEntry, ...] = ()
 
     @model_validator(mode="after")

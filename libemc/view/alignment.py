@@ -29,7 +29,7 @@ def _values(values: Sequence[float | None] | None, count: int) -> NDArray[np.flo
     return np.array([np.nan if v is None else v for v in values or [None] * count], float)
 
 
-def _exaggeration(wanted: float) -> float:
+def exaggeration(wanted: float) -> float:
     """The round number (1, 2 or 5 times a power of ten) that is nearest below."""
     power = 10.0 ** math.floor(math.log10(max(wanted, 1.0)))
     return max(step * power for step in (1, 2, 5) if step * power <= max(wanted, 1.0))
@@ -148,7 +148,7 @@ def residual_arrows(
     rows = max(1, math.ceil(len(chosen) / columns))
     length = np.hypot(arrow[chosen, :, 0], arrow[chosen, :, 1]) if chosen else np.zeros((0, 0))
     typical = float(np.nanpercentile(length, 95)) if np.isfinite(length).any() else 0.0
-    factor = _exaggeration(ARROW_SHARE * min(field) / typical) if typical > 0 else 1.0
+    factor = exaggeration(ARROW_SHARE * min(field) / typical) if typical > 0 else 1.0
     tall = PANEL * field[1] / field[0]
     figure = Figure(figsize=(max(columns * PANEL, 5.0), rows * (tall + 0.25) + 0.6), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -166,7 +166,7 @@ def residual_arrows(
         name = labels[j] if labels is not None else str(j + 1)
         axes.set_title(f"{name}: {rms:.1f} Å" if len(d) else f"{name}: none seen", fontsize=7, pad=2)
     if chosen:
-        bar = _exaggeration(0.3 * field[0])
+        bar = exaggeration(0.3 * field[0])
         x, y = -0.45 * field[0], -0.44 * field[1]
         panels[0].plot([x, x + bar], [y, y], color=BLACK, linewidth=2, solid_capstyle="butt")
         panels[0].text(x, y + 0.03 * field[1], f"{bar:g} Å", fontsize=6, va="bottom")
@@ -211,7 +211,7 @@ def landmark_picture(
         axes.set_title(f"mean of {len(seen)}", fontsize=7, pad=2)
         if row == 0:
             n = mean.shape[1]
-            bar = _exaggeration(0.4 * n * pixel_size)
+            bar = exaggeration(0.4 * n * pixel_size)
             axes.plot(
                 [0.05 * n, 0.05 * n + bar / pixel_size],
                 [0.06 * n] * 2,

@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from libemc.replacement import write_bytes
-from libemc.view.alignment import BLACK, BLUE, GREY, RED, _exaggeration
+from libemc.view.alignment import BLACK, BLUE, GREY, RED, exaggeration
 from libemc.view.plots import save
 from libemc.view.refinement import document, illustration, section, table
 
@@ -214,7 +214,7 @@ def _enlargement(moved: Array, apart: float, side: float) -> float:
     """The round factor by which tracks (N, T, 2) Å are drawn where particles are `apart` Å, in an image of `side` Å."""
     reach = np.array([np.hypot(*track[_known(track)].T).max() for track in moved])
     longest = float(np.percentile(reach, LONG)) if len(reach) else 0.0
-    return _exaggeration(min(TRACK_SHARE * apart, LONGEST_TRACK * side) / longest) if longest > 0 else 1.0
+    return exaggeration(min(TRACK_SHARE * apart, LONGEST_TRACK * side) / longest) if longest > 0 else 1.0
 
 
 def _draw_tracks(axes: Axes, position: Array, moved: Array, scale: Normalize) -> None:
@@ -236,7 +236,7 @@ def _draw_tracks(axes: Axes, position: Array, moved: Array, scale: Normalize) ->
 def _draw_bar(axes: Axes, factor: float) -> None:
     """Below the image: a length, and what it is of tracks that are drawn `factor` times enlarged."""
     left, right = axes.get_xlim()
-    length = _exaggeration(BAR_SHARE * (right - left))
+    length = exaggeration(BAR_SHARE * (right - left))
     below = axes.get_xaxis_transform()
     end = left + length
     axes.plot([left, end], [-0.03] * 2, color=BLACK, linewidth=3, solid_capstyle="butt", transform=below, clip_on=False)

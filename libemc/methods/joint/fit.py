@@ -26,7 +26,7 @@ from libemc.methods.joint.evidence import (
     measure,
 )
 from libemc.methods.joint.levels import POSE, Case, Choice, Scene
-from libemc.methods.joint.solve import solve
+from libemc.methods.joint.solve import solve, spread
 from libemc.methods.joint.terms import total
 from libemc.methods.refine.motion import Walk
 from libemc.methods.subtilts import Particles, Progress, noise_spectrum
@@ -93,16 +93,18 @@ def present(members: Sequence[Member]) -> Tensor:
     return torch.cat(out)
 
 
-def case_of(members: Sequence[Member], group: Tensor, memory: int, progress: Progress | None = None) -> Case:
-    """What levels are chosen by: the particles of a group (G,), numbered through all members, in the finest data."""
-    evidence = joined([m.evidence(m.resolution, memory, progress) for m in members])
-    return case_among(members, evidence, group)
+def cases(
+    members: Sequence[Member], groups: Sequence[Tensor], keep: bool, memory: int, progress: Progress | None = None
+) -> list[Case]:
+    """What levels are chosen by: the groups of particles of a tilt series, as in `fit`, in the finest data."""
+    evidence, scene = measured(members, memory, progress), scene_of(members)
+    there = torch.zeros_like(evidence.slope) if keep else present(members)
+    return [Case(replace(scene, xyz=scene.xyz[g]), evidence.some(g), there[g]) for g in groups]
 
 
-def case_among(members: Sequence[Member], evidence: Evidence, group: Tensor) -> Case:
-    """The same from evidence that is known."""
-    scene = scene_of(members)
-    return Case(replace(scene, xyz=scene.xyz[group]), evidence.some(group), present(members)[group])
+def measured(members: Sequence[Member], memory: int, progress: Progress | None = None) -> Evidence:
+    """The evidence of all members as one, in the finest data."""
+    return joined([m.evidence(m.resolution, memory, progress) for m in members])
 
 
 @dataclass(frozen=True)
@@ -111,17 +113,18 @@ class Fit:
 
     Attributes:
         members: particles at their new poses, with their new corrections.
-        shares: for each group its levels' terms: (N, T, 8) what each contributes to the corrections, and its numbers.
+        numbers: for each group, those (m, k, c) of its levels' terms by their names.
     """
 
     members: list[Member]
-    shares: list[dict[str, tuple[Tensor, Tensor]]]
+    numbers: list[dict[str, Tensor]]
 
 
 def fit(
     members: Sequence[Member],
     groups: Sequence[Tensor],
     choices: Sequence[Choice],
+    keep: bool,
     memory: int,
     progress: Progress | None = None,
 ) -> Fit:
@@ -130,17 +133,19 @@ def fit(
     Args:
         groups: particles, numbered through all members, that are fitted by themselves; together all of them.
         choices: the levels that are on. Without one of the geometry, poses and geometry stay; without one of the CTF, that.
+        keep: what is fitted comes on top of the corrections that there are; else in their place.
     """
     scene, now = scene_of(members), list(members)
     corrections, lens = present(members), torch.cat([m.particles.lens for m in members])
-    shares: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in groups]
+    base = corrections if keep else torch.zeros_like(corrections)
+    numbers: list[dict[str, Tensor]] = [{} for _ in groups]
     for number, steps in enumerate(STEPS):
         for _ in range(steps):
             coarser = COARSE if number == 0 else 1.0
             evidence = joined([m.evidence(m.resolution * coarser, memory, progress) for m in now])
             pose = torch.zeros(len(corrections), 6, dtype=torch.float64)
             target = corrections.clone()
-            for group, share in zip(groups, shares, strict=True):
+            for group, share in zip(groups, numbers, strict=True):
                 own = replace(scene, xyz=scene.xyz[group])
                 for part in (GEOMETRY, LENS):
                     some = [c for c in choices if c.level.lens == (part is LENS)]
@@ -149,17 +154,16 @@ def fit(
                     e = evidence.some(group).part(part)
                     terms = [own.term(c) for c in some]
                     free = [] if part is LENS else [own.pose()]
-                    slope = e.about(corrections[group][..., part])
+                    slope = e.about((corrections - base)[group][..., part])
                     w = solve(slope, e.curvature, [*free, *terms])
                     if free:
                         pose[group] = w[0][:, 0]
                         w = w[1:]
-                    target[group, :, part] = total(terms, w)
-                    for c, t, x in zip(some, terms, w, strict=True):
-                        share[c.level.name] = (t.forward(x), x)
+                    target[group, :, part] = base[group, :, part] + total(terms, w)
+                    share |= {c.level.name: x for c, x in zip(some, w, strict=True)}
             corrections = target
             now = _at(now, corrections, lens, pose)
-    return Fit(now, shares)
+    return Fit(now, numbers)
 
 
 def _at(members: Sequence[Member], corrections: Tensor, lens: Tensor, pose: Tensor) -> list[Member]:
@@ -183,6 +187,22 @@ def with_astigmatism(lens: Tensor, more: Tensor) -> Tensor:
     angle = torch.deg2rad(2 * lens[..., 1])
     x, y = lens[..., 0] * angle.cos() + more[..., 0], lens[..., 0] * angle.sin() + more[..., 1]
     return torch.stack([torch.hypot(x, y), torch.rad2deg(torch.atan2(y, x)) / 2 % 180, lens[..., 2]], dim=-1)
+
+
+def errors(members: Sequence[Member], evidence: Evidence, choices: Sequence[Choice], seed: int) -> dict[str, Tensor]:
+    """Standard deviations (m, k, c) of the levels' numbers by their names, when all particles are fitted together.
+
+    Args:
+        evidence: of all members.
+    """
+    scene, out = scene_of(members), dict[str, Tensor]()
+    for part in (GEOMETRY, LENS):
+        some = [c for c in choices if c.level.lens == (part is LENS)]
+        if some:
+            free = [] if part is LENS else [scene.pose()]
+            found = spread(evidence.part(part).curvature, [*free, *map(scene.term, some)], seed)
+            out |= {c.level.name: e for c, e in zip(some, found[len(free) :], strict=True)}
+    return out
 
 
 def rms_shift(evidence: Evidence) -> Tensor:

@@ -16,6 +16,8 @@ TOLERANCE = 1e-3
 LOOSE = 1e-2
 """The same where solutions are only compared."""
 MOST_STEPS = 300
+SAMPLES = 32
+"""Draws that errors are worked out from."""
 FOLDS = 4
 """Parts of the images: each is foretold by the others."""
 CLEARLY = 2.0
@@ -27,7 +29,7 @@ def solve(
     curvature: Tensor,
     terms: Sequence[Term],
     tolerance: float = TOLERANCE,
-    start: Sequence[Tensor] | None = None,
+    pull: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Maximum of slope·u - u·curvature·u/2 - |w|²/2 over the numbers w of all terms, u what they add up to.
 
@@ -37,7 +39,7 @@ def solve(
     Args:
         slope: (..., N, T, P) at no corrections; curvature: (..., N, T, P, P); zero for images that take no part.
         tolerance: of the residual, over the right side, both as the preconditioner weighs them.
-        start: numbers to begin with.
+        pull: (..., m, k, c) of each term, a slope on its numbers beside that of the images.
 
     Returns:
         (..., m, k, c) of each term.
@@ -60,8 +62,9 @@ def solve(
         return [(f @ x[..., None])[..., 0] for x, f in zip(r, inverse, strict=True)]
 
     right = adjoint(slope)
-    w = [torch.zeros_like(b) for b in right] if start is None else list(start)
-    r = right if start is None else [a - b for a, b in zip(right, times(w), strict=True)]
+    if pull is not None:
+        right = [a + b for a, b in zip(right, pull, strict=True)]
+    w, r = [torch.zeros_like(b) for b in right], right
     z = precondition(r)
     p, rz, goal = z, dot(r, z), tolerance**2 * dot(right, precondition(right))
     for _ in range(MOST_STEPS):
@@ -75,6 +78,24 @@ def solve(
         before, rz = rz, dot(r, z)
         p = [a + rz / before.clamp_min(1e-300) * b for a, b in zip(z, p, strict=True)]
     return w
+
+
+def spread(curvature: Tensor, terms: Sequence[Term], seed: int) -> list[Tensor]:
+    """Standard deviation (m, k, c) of the numbers of each term, given the images.
+
+    From `SAMPLES` draws of what the solution would be with other noise and other priors ("perturb and maximise",
+    Papandreou & Yuille 2010, exact where all is Gaussian): known to about 1 / sqrt(2 SAMPLES).
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(SAMPLES, *shape, generator=g, dtype=torch.float64)
+
+    values, vectors = torch.linalg.eigh(curvature)
+    root = vectors * values.clamp_min(0).sqrt()[..., None, :]
+    noise = (root @ normal(*curvature.shape[:-1])[..., None])[..., 0]
+    found = solve(noise, curvature, terms, LOOSE, [normal(*t.shape) for t in terms])
+    return [(w**2).mean(0).sqrt() for w in found]
 
 
 def folds(seen: Tensor, seed: int) -> Tensor:

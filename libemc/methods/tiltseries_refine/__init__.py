@@ -1,1 +1,1 @@
-"""The tilt series refined by its particles: what their images say of the microscope and the stage, once their poses are known."""
+"""A tilt series refined from all of its particles: geometry, CTF and motion that make every one of them fit better."""
