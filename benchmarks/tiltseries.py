@@ -134,20 +134,15 @@ def wrong(record: records.TiltSeriesRecord, data: Data, number: int) -> records.
     return refinement.scrambled(record, data.seed, number).model_copy(update=changed)
 
 
-def kind_set(home: Path, data: Data, kind: int) -> str:
-    """The particles of one kind among those to start from; the images stay where they are."""
-    source, name = refinement.start_set(home, data), f"start{data.box}_{kind + 1}"
+def some_of(home: Path, data: Data, name: str, ids: set[str]) -> str:
+    """A set of some of the particles to start from; their images stay where they are."""
     if (home / f"particles/{name}/particles.json").exists():
         return name
-    head, files = records.load_particles(source, home)
+    head, files = records.load_particles(refinement.start_set(home, data), home)
     mine = {}
     for series, file in files.items():
-        kinds = read_truth(home / f"raw/{series}_truth.json").classes
-        some = tuple(
-            p.model_copy(update={"image": place})
-            for p, place in zip(file.particles, records.image_places(file), strict=True)
-            if kinds[int(p.id.split(".")[1])] == kind
-        )
+        placed = zip(file.particles, records.image_places(file), strict=True)
+        some = tuple(p.model_copy(update={"image": place}) for p, place in placed if p.id in ids)
         mine[series] = file.model_copy(update={"set": name, "history": (), "particles": some})
     records.save_particles(f"particles/{name}", head.model_copy(update={"set": name, "history": ()}), mine, home)
     return name
@@ -419,12 +414,15 @@ class Bench:
         like = likeness(self.home, run, self.data, motion, self.true)
         gain, over = like.resolution / first.likeness.resolution if first else math.nan, like.resolution / self.oracle
         row = Row(self.mode, self.data.folder, run, like, errors, gain, over)
-        notes = [f for f in (self.home / run / "run.json", (self.home / run).parent / "run.json") if f.exists()]
-        if particles or not notes:  # an average; that of several sets is told of beside their folders
+        own = self.home / run
+        note, sets = own / "run.json", 1
+        if not note.exists():  # a run of several sets has it beside their folders
+            note, sets = own.parent / "run.json", len(list(own.parent.glob("*/particles")))
+        if particles or not note.exists():
             return row
-        record = records.load(notes[0], records.Run)
+        record = records.load(note, records.Run)
         last, count = record.history[-1], len(record.state.get("iterations", []))
-        seconds, memory = last.cpu_seconds or math.nan, (last.peak_memory or math.nan) / 1e6
+        seconds, memory = (last.cpu_seconds or math.nan) / sets, (last.peak_memory or math.nan) / 1e6
         return replace(row, iterations=count, seconds=seconds, memory=memory, wall=last.wall_seconds or math.nan)
 
     def table(self, runs: list[str], first: str = "refine") -> list[Row]:
@@ -463,9 +461,11 @@ def simulated(b: Bench) -> list[Row]:
 
 def crowded(b: Bench) -> list[Row]:
     """Two kinds of particle, each refined by itself, then both together, with and without what they add to one another."""
-    kinds = []
+    kinds, classes = [], [k for n in b.data.names for k in read_truth(b.home / f"raw/{n}_truth.json").classes.tolist()]
     for k in (0, 1):
-        own, start = replace(b, true=f"raw/true_{k + 1}.mrc"), kind_set(b.home, b.data, k)
+        ids = {i for i, kind in zip(b.known.poses.ids, classes, strict=True) if kind == k}
+        start = some_of(b.home, b.data, f"start{b.data.box}_{k + 1}", ids)
+        own = replace(b, true=f"raw/true_{k + 1}.mrc")
         perfect = refinement.oracle_set(b.home, b.data, b.known.poses, start)
         kinds.append((*own.resolved(own.average(perfect)), start, f"refine_{k + 1}"))
         options = refinement.options_of("whole", b.home, own.true)
@@ -496,7 +496,7 @@ def laid_out(home: Path, given: Path) -> Path:
 
 
 def chain(folder: Path, data: Data, args: argparse.Namespace) -> list[Row]:
-    """From the raw stacks to the last average; the oracle is that of all particles that are there."""
+    """From the raw stacks to the last average; the oracle is that of the particles that are found."""
     ideal, given = folder / "chain_truth", args.data.resolve()
     if not (ideal / f"particles/start{data.box}/particles.json").exists():
         laid_out(ideal, given)
@@ -505,7 +505,6 @@ def chain(folder: Path, data: Data, args: argparse.Namespace) -> list[Row]:
             program(["emc_import", "--alignment", truth, name, "--quiet"], ideal, ideal / "log")
             program(["emc_import", "--picks", truth, "--label", "start", name, "--quiet"], ideal, ideal / "log")
     best = Bench("chain", args, ideal, data, known_of(ideal, data))
-    best, oracle = best.resolved(best.average(refinement.oracle_set(ideal, data, best.known.poses)))
     home, start, template = folder / "chain", f"start{data.box}", "true_40A.mrc"
     if not (home / f"particles/{start}/particles.json").exists():
         laid_out(home, given)
@@ -526,6 +525,8 @@ def chain(folder: Path, data: Data, args: argparse.Namespace) -> list[Row]:
     ids = [p.id for file in records.load_particles(start, home)[1].values() for p in file.particles if p.use]
     true = best.known.poses.ids
     number = {ids[i]: true[j] for i, j in zip(pairs.found.tolist(), pairs.true.tolist(), strict=True)}
+    there = some_of(ideal, data, f"{start}_{len(number)}", set(number.values()))
+    best, oracle = best.resolved(best.average(refinement.oracle_set(ideal, data, best.known.poses, there)))
     print(f"{len(ids)} particles found, {len(number)} of them right, of {len(true)}\n{line(oracle)}", flush=True)
     b = Bench("chain", args, home, data, known_of(home, data, number), oracle=best.oracle)
     return [oracle, *refined(b, start, ["--reference", template, "--startres", f"{KNOWN_TO:g}"])]

@@ -24,11 +24,13 @@ from libemc.errors import InputError
 from libemc.methods import average
 from libemc.methods.average import Average, HalfMaps
 from libemc.methods.joint import fit as joint
+from libemc.methods.joint import references
 from libemc.methods.joint.fit import Member
 from libemc.methods.joint.levels import Choice, Level, choose
+from libemc.methods.joint.references import Making, References
 from libemc.methods.joint.solve import Trial
 from libemc.methods.molecular_mask import automatic_mask
-from libemc.methods.refine.references import Filtering, filtered_references
+from libemc.methods.refine.references import Filtering
 from libemc.methods.refine.schedule import JOINED
 from libemc.methods.subtilt import quality
 from libemc.methods.subtilts import Particles
@@ -42,7 +44,8 @@ WORSE = 0.005
 """Relative loss of resolution from which what was before is kept."""
 MOST_IMAGES = 8000
 """Images by which levels are chosen: of some tilt series, spread over all."""
-ITERATIONS = "iterations"
+ITERATIONS, SETTLED = "iterations", "settled"
+"""Folder of what is kept while an iteration lasts, and the part of it that is kept in the end."""
 
 Finished = Callable[[str, "list[Kind]", "list[Member]", "Outcome", "list[Choice]"], "dict[str, Any]"]
 """Called when a tilt series is fitted; gives what its report says besides."""
@@ -56,7 +59,7 @@ class Kind:
         run: the folder that it comes from; folder: where it goes to, once the run has begun.
         series: its particles by tilt series.
         mask: (n, n, n) of references and FSC.
-        maps, outcome: half maps and average of the particles as they are; None until they are made.
+        maps, outcome, compared: half maps, average and references of the particles as they are; None until they are made.
     """
 
     run: str
@@ -67,6 +70,7 @@ class Kind:
     symmetry: str
     maps: HalfMaps | None = None
     outcome: Average | None = None
+    compared: References | None = None
 
     @property
     def made(self) -> Average:
@@ -74,13 +78,11 @@ class Kind:
         assert self.outcome is not None
         return self.outcome
 
-    def references(self, kind: str, seed: int) -> tuple[Tensor, Tensor]:
-        """Of both halves, filtered by what they agree on, as `Filtering` does."""
-        box, pixel_size = self.head.box, self.head.pixel_size
-        assert self.maps is not None
-        half1, half2 = self.maps.half1, self.maps.half2
-        filtered = Filtering(kind, self.mask, pixel_size, seed).of(half1, half2, self.made.corrected)
-        return filtered_references(half1, half2, self.mask, filtered, box * pixel_size / JOINED)
+    @property
+    def references(self) -> References:
+        """What its particles are compared with, which has been made."""
+        assert self.compared is not None
+        return self.compared
 
 
 @dataclass(frozen=True)
@@ -179,20 +181,30 @@ def begin(kinds: Sequence[Kind], path: Path | None, prefix: str, options: Mappin
     return Begun(placed, folder, record, state)
 
 
+def referenced(kind: Kind, filter: str, run: Run) -> Kind:
+    """With what its particles are compared with, after `averaged`."""
+    box, pixel_size = kind.head.box, kind.head.pixel_size
+    assert kind.maps is not None
+    filtering = Filtering(filter, kind.mask, pixel_size, run.seed)
+    making = Making(filtering, kind.symmetry, box * pixel_size / JOINED, run.memory)
+    series, made = list(kind.series.values()), kind.made
+    return replace(kind, compared=references.made(series, kind.maps, made.corrected, made.reach, making, run.progress))
+
+
 def averaged(kind: Kind, run: Run) -> Kind:
     """With the maps of its particles as they are."""
     maps = average.half_maps(list(kind.series.values()), run.memory, kind.symmetry, progress=run.progress)
     return replace(kind, maps=maps, outcome=average.finish(maps, kind.mask, kind.head.pixel_size, run.seed))
 
 
-def members_of(kinds: Sequence[Kind], name: str, filter: str, seed: int) -> tuple[list[Kind], list[Member]]:
+def members_of(kinds: Sequence[Kind], name: str) -> tuple[list[Kind], list[Member]]:
     """The kinds that are in a tilt series, and its particles of each.
 
     Raises:
         InputError: they weren't cut out with one geometry.
     """
     there = [k for k in kinds if name in k.series]
-    members = [Member(k.series[name], k.references(filter, seed), k.made.reach) for k in there]
+    members = [Member(k.series[name], k.references) for k in there]
     first = members[0].particles.series
     for k, m in zip(there, members, strict=True):
         same = m.particles.series.matrices.shape == first.matrices.shape and bool(
@@ -223,7 +235,7 @@ def chosen(kinds: Sequence[Kind], plan: Plan, run: Run) -> tuple[list[Choice], l
     some = [names[round(i)] for i in np.linspace(0, len(names) - 1, count)]
     found = []
     for name in some:
-        _, members = members_of(kinds, name, plan.filter, run.seed)
+        _, members = members_of(kinds, name)
         groups = groups_of(members, plan.by_half)
         found += joint.cases(members, groups, plan.keep_corrections, run.memory, run.progress)
     return choose(found, plan.levels, run.seed)
@@ -315,21 +327,21 @@ def save_kind(kind: Kind, run: Run, parent: str) -> Kind:
     return replace(kind, series={p.file.name: p for p in saved})
 
 
-def part_file(kind: Kind, number: int, name: str) -> Path:
+def part_file(kind: Kind, part: str, name: str) -> Path:
     """Where the particles of a tilt series wait until an iteration is finished."""
-    return kind.folder / ITERATIONS / f"{number:02d}" / f"{name}.json"
+    return kind.folder / ITERATIONS / part / f"{name}.json"
 
 
-def save_part(kind: Kind, number: int, particles: Particles) -> Particles:
+def save_part(kind: Kind, part: str, particles: Particles) -> Particles:
     """Keep the particles of a tilt series until the iteration is finished; as they are read again."""
-    path = part_file(kind, number, particles.file.name)
+    path = part_file(kind, part, particles.file.name)
     file = records.save_new(path, particles.to_file().model_copy(update={"history": ()}), overwrite=True)
     return Particles.of(file, particles.stack)
 
 
-def load_part(kind: Kind, number: int, name: str) -> Particles | None:
+def load_part(kind: Kind, part: str, name: str) -> Particles | None:
     """What `save_part` has kept, if anything."""
-    path = part_file(kind, number, name)
+    path = part_file(kind, part, name)
     if not path.exists():
         return None
     return Particles.of(records.load(path, records.ParticleFile), kind.series[name].stack)
@@ -406,6 +418,7 @@ def refine(
         save("iteration 1")
     while len(past) < (iterations or MOST_ITERATIONS) and not (iterations is None and past and past[-1]["last"]):
         number = len(past) + 1
+        kinds = [referenced(k, plan.filter, run) for k in kinds]
         now = state.setdefault("now", {})
         if "trials" not in now:
             now |= {"trials": trial_table(chosen(kinds, plan, run)[1]), "series": {}}
@@ -413,11 +426,11 @@ def refine(
         choices = choices_of(now["trials"], plan.levels)
         new = [replace(k, series=dict(k.series)) for k in kinds]
         for name in sorted({name for k in kinds for name in k.series}):
-            there, members = members_of(kinds, name, plan.filter, run.seed)
-            again = [load_part(k, number, name) for k in there]
+            there, members = members_of(kinds, name)
+            again = [load_part(k, str(number), name) for k in there]
             if name not in now["series"] or not all(again):
                 out = fit_series(members, plan, choices, folder, run)
-                again = [save_part(k, number, p) for k, p in zip(there, out.particles, strict=True)]
+                again = [save_part(k, str(number), p) for k, p in zip(there, out.particles, strict=True)]
                 more = finished(name, there, members, out, choices) if finished else {}
                 now["series"][name] = out.report | more
                 save(f"iteration {number}")

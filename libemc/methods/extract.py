@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from libemc.methods.subtilts import Progress, Stack, TiltGeometry, particle_tilts
+from libemc.methods.subtilts import GEOMETRY, Progress, Stack, TiltGeometry, particle_tilts
 from libemc.numerics import fourier
 from libemc.numerics.grids import centred_radius
 from libemc.numerics.patches import cut_patches
@@ -47,8 +47,6 @@ BYTES_PER_PIXEL = 60
 """Of raw images, or of raw patches, that are live while patches are cut."""
 MOST_AT_ONCE = 64
 """Particles of the largest block."""
-GEOMETRY = ("axis", "tilt", "xtilt", "shift_x", "shift_y", "magnification", "deformation")
-"""What of an alignment says where a particle is seen."""
 BACKGROUND = 0.9
 """Radius, as a fraction of half the box, beyond which a patch counts as background."""
 

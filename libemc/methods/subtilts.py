@@ -36,6 +36,9 @@ LEAST_NOISE = 1e-4
 DIGITS = {"shift": 3, "turn": 4, "defocus": 1, "weight": 4, "score": 4}
 """Decimals of the corrections of a particle's images: Å, degrees, Å, 1, 1."""
 
+GEOMETRY = ("axis", "tilt", "xtilt", "shift_x", "shift_y", "magnification", "deformation")
+"""What of an alignment says where a particle is seen."""
+
 SLOPE_STEP = 1.0
 """Å on each side of a point over which the slope of a deformation field is measured."""
 
@@ -387,6 +390,19 @@ class Particles:
     def corrected(self, **changes: Tensor) -> Particles:
         """The same particles with other `corrections`: some of its attributes replaced."""
         return replace(self, corrections=replace(self.corrections, **changes))
+
+    def realigned(self) -> Tensor:
+        """(N, T, 2) Å: where the tilts' present alignment sees `centre`, beside where it was when the patches were cut; before
+        the magnification. A part of `corrections.shift` that is the geometry's."""
+        tilts, raw = self.file.tilts, self.file.raw
+        if tilts.shift_x is None or tilts.shift_y is None or raw is None:
+            return torch.zeros_like(self.corrections.shift)
+        cut = {name: getattr(raw, name) for name in GEOMETRY}
+        old = TiltGeometry.of(Alignment(**cut | {"deformation": None}), tilts.use)
+        shift = torch.tensor([tilts.shift_x, tilts.shift_y], dtype=torch.float64).T
+        new = replace(old, matrices=self.series.matrices, magnification=self.series.magnification, shift=shift)
+        apart = new.project(self.centre)[0] - old.project(self.centre)[0]
+        return apart / self.series.magnification[:, None]
 
     @property
     def shown(self) -> Tensor:

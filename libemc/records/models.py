@@ -348,19 +348,27 @@ class ParticleTilts(Section):
     """(U-V)/2, per tilt."""
     astigmatism_angle: Numbers
     phase_shift: Numbers
+    shift_x: Numbers | None = None
+    """Of the alignment, where it has changed since the patches were cut; absent: as in `raw`."""
+    shift_y: Numbers | None = None
 
 
 class Subtilt(Section):
     """One particle's corrections tilt by tilt."""
 
     dx: Numbers
+    """Å beside where xyz lies in the patch, before the magnification."""
     dy: Numbers
     drot: Numbers
+    """Degrees: with the next two the rotation vector, along the image's x, y and z, of a turn of what the image shows."""
     dtilt: Numbers
     dpsi: Numbers
     ddefocus: Numbers
+    """Å beside the defocus of the particle's place."""
     weight: Numbers
+    """Of the image in fits and averages; 0: left out."""
     score: Scores
+    """How well it fits, in spreads of its tilt's images from what is usual there."""
 
 
 class RawImages(Section):
@@ -401,7 +409,7 @@ PER_TILT = ("defocus", "astigmatism", "astigmatism_angle", "phase_shift", "visib
 """A particle's own lists with one entry per tilt."""
 OPTIONAL = ("z", "image", "astigmatism", "astigmatism_angle", "phase_shift", "subtilt")
 """What a particle's line leaves out while it is null."""
-LEFT_OUT = {"ctf": ("beam_tilt",), "optics": ("beam_tilt",)}
+LEFT_OUT = {"ctf": ("beam_tilt",), "optics": ("beam_tilt",), "tilts": ("shift_x", "shift_y")}
 """What these sections leave out while it is null."""
 
 

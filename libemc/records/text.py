@@ -46,7 +46,7 @@ def dumps(record: Record) -> str:
         del content[key]
     for section, keys in LEFT_OUT.items():
         for key in keys if content.get(section) else ():
-            if content[section][key] is None:
+            if content[section].get(key, 0) is None:
                 del content[section][key]
     for particle in content.get("particles", ()) if record.kind == "particles" else ():
         for key in OPTIONAL:

@@ -8,6 +8,7 @@ what it is on average over the noise; turn and shift know each other, and the CT
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -79,16 +80,18 @@ def contrasts(cross: Tensor, norm: Tensor) -> Tensor:
 def measure(
     particles: Particles,
     chosen: Tensor,
-    references: tuple[FourierVolume, FourierVolume],
+    parts: Tensor,
+    references: Sequence[tuple[FourierVolume, FourierVolume]],
     band: slices.Band,
     noise: Tensor,
     memory: int,
     progress: Progress | None = None,
 ) -> Evidence:
-    """The evidence of the chosen (N,) particles, each against the reference of its own half.
+    """The evidence of the chosen (N,) particles, each against the reference of its own half and part.
 
     Args:
         particles: at their present poses and corrections.
+        parts: (N,) which of the references.
         noise: (T, K) of the band.
         memory: bytes that batches may take.
     """
@@ -98,10 +101,17 @@ def measure(
     curvature = torch.zeros(*shape, PARAMETERS, PARAMETERS, dtype=torch.float64)
     seen = torch.zeros(shape, dtype=torch.bool)
     crosses, normals = torch.zeros_like(slope), torch.zeros_like(slope)
-    for half, piece in batches_by_half(particles, chosen & particles.shown.any(1), band, memory, progress, "measure"):
+    pieces = [
+        (volumes[half - 1], piece)
+        for part, volumes in enumerate(references)
+        for half, piece in batches_by_half(
+            particles, chosen & particles.shown.any(1) & (parts == part), band, memory, None, ""
+        )
+    ]
+    for volume, piece in progress(pieces, len(pieces), f"measure {particles.file.name}") if progress else pieces:
         batch = load_batch(particles, piece, band, noise, detailed=True)
         who, tilt = piece[batch.owner], batch.tilt
-        sums = _sums(batch, references[half - 1], particles.file.pixel_size)
+        sums = _sums(batch, volume, particles.file.pixel_size)
         seen[who, tilt] = True
         found["cross"][who, tilt], found["norm"][who, tilt], found["power"][who, tilt] = (
             sums.cross,

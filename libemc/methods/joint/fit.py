@@ -26,12 +26,13 @@ from libemc.methods.joint.evidence import (
     measure,
 )
 from libemc.methods.joint.levels import POSE, Case, Choice, Scene
+from libemc.methods.joint.references import References
 from libemc.methods.joint.solve import solve, spread
 from libemc.methods.joint.terms import total
 from libemc.methods.refine.motion import Walk
 from libemc.methods.subtilts import Particles, Progress, noise_spectrum
 from libemc.numerics.rotations import matrix_from_rotvec
-from libemc.numerics.slices import Band, FourierVolume
+from libemc.numerics.slices import Band
 
 COARSE = 2.0
 """Times the finest period: of the data that a fit begins in."""
@@ -47,13 +48,20 @@ class Member:
 
     Attributes:
         particles: with their present poses and corrections.
-        references: (n, n, n) of half 1 and half 2, filtered and masked.
-        resolution: Å, finest data that takes part.
     """
 
     particles: Particles
-    references: tuple[Tensor, Tensor]
-    resolution: float
+    references: References
+
+    @property
+    def resolution(self) -> float:
+        """Å, finest data that takes part."""
+        return self.references.resolution
+
+    @property
+    def parts(self) -> Tensor:
+        """(N,) which of the references each is compared with."""
+        return self.references.parts[self.particles.file.name]
 
     @property
     def taken(self) -> Tensor:
@@ -64,10 +72,10 @@ class Member:
         """All images with their present weights taken off, in data to a resolution in Å."""
         file = self.particles.file
         band = Band.of(file.box, max(LEAST_RADIUS, file.box * file.pixel_size / resolution))
-        volumes = [FourierVolume.from_map(r, radius=band.radius) for r in self.references]
+        volumes = self.references.volumes(band.radius)
         every = self.particles.corrected(weight=torch.ones_like(self.particles.corrections.weight))
         noise = noise_spectrum(self.particles, band)
-        return measure(every, self.taken, (volumes[0], volumes[1]), band, noise, memory, progress)
+        return measure(every, self.taken, self.parts, volumes, band, noise, memory, progress)
 
 
 def joined(found: Sequence[Evidence]) -> Evidence:
@@ -83,12 +91,13 @@ def scene_of(members: Sequence[Member]) -> Scene:
 
 
 def present(members: Sequence[Member]) -> Tensor:
-    """(N, T, 8): the corrections that particles have."""
+    """(N, T, 8): the corrections that particles have, beside the present alignment."""
     out = []
     for m in members:
         own = m.particles.corrections
         u = torch.zeros(*own.defocus.shape, PARAMETERS, dtype=torch.float64)
-        u[..., TURN], u[..., SHIFT], u[..., DEFOCUS] = own.turn, own.shift, own.defocus[..., None]
+        u[..., TURN], u[..., DEFOCUS] = own.turn, own.defocus[..., None]
+        u[..., SHIFT] = own.shift - m.particles.realigned()
         out.append(u)
     return torch.cat(out)
 
@@ -175,7 +184,8 @@ def _at(members: Sequence[Member], corrections: Tensor, lens: Tensor, pose: Tens
         u, p, step = corrections[mine], m.particles, pose[mine]
         turned = matrix_from_rotvec(POSE[0] * step[:, :3]) @ p.rotation
         moved = p.moved(turned, p.xyz + POSE[1] * step[:, 3:], p.score)
-        moved = moved.corrected(turn=u[..., TURN].clone(), shift=u[..., SHIFT].clone(), defocus=u[..., 5].clone())
+        shift = u[..., SHIFT] + p.realigned()
+        moved = moved.corrected(turn=u[..., TURN].clone(), shift=shift, defocus=u[..., 5].clone())
         if u[..., ASTIGMATISM].any():
             moved = replace(moved, lens=with_astigmatism(lens[mine], u[..., ASTIGMATISM]))
         out.append(replace(m, particles=moved))

@@ -200,9 +200,10 @@ def iterate(
         noise = noise_spectrum(particles, band)
         seen = particles.use & particles.shown.any(dim=1)
         walk = Walk.of(particles.series, max(task.resolution, 2 * pixel_size))
-        known = particles.corrections.shift
-        drift = torch.zeros_like(known) if task.motion else known.clone()
-        about = replace(prior, corrections=replace(particles.corrections, shift=drift.clone()))
+        # paths are fitted on top of what the particles began with, each time anew
+        begun = prior.corrections.shift if task.motion else particles.corrections.shift
+        drift = begun.clone()
+        about = replace(prior, corrections=replace(particles.corrections, shift=begun))
         steps: dict[int, float] = {}
         for half, piece in batches_by_half(particles, seen, band, memory, progress, "align"):
             batch = load_batch(about, piece, band, noise, own_noise=task.own_noise)
@@ -217,7 +218,8 @@ def iterate(
                     poses, path = polish_with_motion(
                         batch, fine[half - 1], poses, walk, steps[half] / pixel_size, task.limits
                     )
-                    drift[piece] = torch.einsum("tij,ptj->pti", particles.series.matrices[:, :2], path) * pixel_size
+                    along = torch.einsum("tij,ptj->pti", particles.series.matrices[:, :2], path)
+                    drift[piece] = begun[piece] + along * pixel_size
                     batch = replace(batch, shift=moved_by(batch, path))
             terms = pose_terms(batch, fine[half - 1], poses.rotation, poses.shift)
             rotation[piece] = poses.rotation

@@ -20,7 +20,7 @@ from libemc.methods.joint.levels import Choice, Scene
 from libemc.methods.joint.terms import Smooth
 from libemc.methods.subtilts import Field, Particles, SeriesModel, TiltGeometry
 from libemc.numerics.rotations import matrix_from_rotvec, tilt_angles_from_matrix
-from libemc.records import Alignment, Ctf, Deformation, ParticleTilts
+from libemc.records import Alignment, Ctf, Deformation, ParticleFile, ParticleTilts
 
 NODES = (3, 9)
 """Fewest and most nodes of a deformation along each side."""
@@ -81,6 +81,17 @@ class Change:
     def from_table(table: Mapping[str, Any]) -> Change:
         """The inverse of `table`."""
         return Change(**{f.name: torch.tensor(table[f.name], dtype=torch.float64) for f in fields(Change)})
+
+    def then(self, more: Change) -> Change:
+        """This change and another one on top of it; small turns add up."""
+        return replace(
+            more,
+            shift=self.shift + more.shift,
+            turn=self.turn + more.turn,
+            magnification=self.magnification * more.magnification,
+            defocus=self.defocus + more.defocus,
+            astigmatism=self.astigmatism + more.astigmatism,
+        )
 
     def matrices(self, old: Tensor) -> Tensor:
         """(T, 3, 3) specimen to image, of the old ones."""
@@ -157,6 +168,7 @@ def settled(particles: Particles, change: Change, beam_tilt: tuple[float, float]
             "astigmatism": _floats(lens[:, 0]),
             "astigmatism_angle": _floats(lens[:, 1]),
         }
+        | _shifts(file, change)
     )
     defocus = particles.defocus + change.defocus + series.handedness * height
     optics = file.optics if beam_tilt is None else file.optics.model_copy(update={"beam_tilt": beam_tilt})
@@ -173,6 +185,16 @@ def settled(particles: Particles, change: Change, beam_tilt: tuple[float, float]
     return replace(
         corrected, file=new_file, series=SeriesModel.of(new_file), defocus=defocus, lens=_lenses_of(particles, lens)
     )
+
+
+def _shifts(file: ParticleFile, change: Change) -> dict[str, tuple[float, ...]]:
+    """The alignment's shifts after the change; nothing where they aren't known."""
+    tilts, raw = file.tilts, file.raw
+    if raw is None:
+        return {}
+    x, y = (raw.shift_x, raw.shift_y) if tilts.shift_x is None else (tilts.shift_x, tilts.shift_y or ())
+    shift = (torch.tensor([x, y], dtype=torch.float64).T + change.shift) / change.magnification[:, None]
+    return {"shift_x": _floats(shift[:, 0]), "shift_y": _floats(shift[:, 1])}
 
 
 def _lenses_of(particles: Particles, lens: Tensor) -> Tensor:
@@ -203,6 +225,23 @@ class Bending:
             return None
         solid = choice.level is levels.MOTION
         return Bending(scene.smooth(choice), numbers * choice.strength, scene.walk if solid else None, solid)
+
+    def table(self) -> dict[str, Any]:
+        """As plain numbers."""
+        return {
+            "points": self.smooth.points.tolist(),
+            "length": self.smooth.length,
+            "numbers": self.numbers.tolist(),
+            "time": None if self.time is None else self.time.tolist(),
+            "solid": self.solid,
+        }
+
+    @staticmethod
+    def from_table(table: Mapping[str, Any]) -> Bending:
+        """The inverse of `table`."""
+        points, numbers = (torch.tensor(table[n], dtype=torch.float64) for n in ("points", "numbers"))
+        time = None if table["time"] is None else torch.tensor(table["time"], dtype=torch.float64)
+        return Bending(Smooth.of(points, table["length"]), numbers, time, table["solid"])
 
     def at(self, places: Tensor, tilt: int, matrix: Tensor) -> Tensor:
         """(M, 2) Å along the axes of an image, of specimen points (M, 3) Å."""

@@ -17,9 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from libemc.methods.extract import GEOMETRY
 from libemc.methods.joint.fit import Member
-from libemc.methods.subtilts import Particles, Stack, TiltGeometry, transfer_function
+from libemc.methods.subtilts import GEOMETRY, Particles, Stack, TiltGeometry, transfer_function
 from libemc.numerics import fourier, slices
 from libemc.numerics.patches import cut_patches
 from libemc.numerics.rotations import matrix_from_rotvec
@@ -85,7 +84,7 @@ class _Brush:
     @staticmethod
     def of(member: Member, contrast: Tensor, raw: bool, box: int, scale: Tensor) -> _Brush:
         p = member.particles
-        fitted = [fourier.centre_fit(r, (box,) * 3) for r in member.references]
+        fitted = [fourier.centre_fit(r, (box,) * 3) for r in member.references.maps[0]]
         radius = min(box / 2, box * p.file.pixel_size / member.resolution)
         volumes = [FourierVolume.from_map(r, radius=radius) for r in fitted]
         place = centres(p, raw) + in_patch(p)
