@@ -74,7 +74,7 @@ def write_page(
             view.displacement_plot(file, p.series.dose_end.numpy(), moved)
         score = p.corrections.score.numpy()
         if np.isfinite(score).any():
-            used = (p.visible & p.series.use & p.use[:, None]).numpy()
+            used = (p.shown & p.use[:, None]).numpy()
             file = picture(f"{name}_images.png", f"{name}: images", "Scores and weights of all images.")
             view.subtilt_plot(file, tilt, score, p.corrections.weight.numpy(), used)
         if records is not None and name in records:

@@ -26,9 +26,10 @@ from libemc.methods.average import Average, HalfMaps
 from libemc.methods.joint import fit as joint
 from libemc.methods.joint import references
 from libemc.methods.joint.fit import Member
-from libemc.methods.joint.levels import Choice, Level, choose
+from libemc.methods.joint.levels import SHIFT, Choice, Level, choose
 from libemc.methods.joint.references import Making, References
 from libemc.methods.joint.solve import Trial
+from libemc.methods.joint.starts import started
 from libemc.methods.molecular_mask import automatic_mask
 from libemc.methods.refine.references import Filtering
 from libemc.methods.refine.schedule import JOINED
@@ -90,7 +91,7 @@ class Plan:
     """How to go about it.
 
     Attributes:
-        levels: that are tried.
+        levels: that are tried; without a shift of tilts among them, tilts aren't looked for elsewhere.
         by_half: each half of the particles is fitted by itself.
         keep_corrections: what is fitted comes on top of the corrections that particles have.
         constrained: images are compared with the prediction of all particles in them.
@@ -105,6 +106,11 @@ class Plan:
     weighed: bool
     keep: float | None
     filter: str
+
+    @property
+    def aligns(self) -> bool:
+        """Whether tilts may be moved."""
+        return SHIFT in self.levels
 
 
 # --------------------------------------------------------------------------------------------------------------- reading
@@ -235,7 +241,9 @@ def chosen(kinds: Sequence[Kind], plan: Plan, run: Run) -> tuple[list[Choice], l
     some = [names[round(i)] for i in np.linspace(0, len(names) - 1, count)]
     found = []
     for name in some:
-        _, members = members_of(kinds, name)
+        members, _ = (
+            started(members_of(kinds, name)[1], run.memory) if plan.aligns else (members_of(kinds, name)[1], None)
+        )
         groups = groups_of(members, plan.by_half)
         found += joint.cases(members, groups, plan.keep_corrections, run.memory, run.progress)
     return choose(found, plan.levels, run.seed)
@@ -266,6 +274,12 @@ def fit_series(members: Sequence[Member], plan: Plan, choices: Sequence[Choice],
     given = list(members)
     members = predicted_together(members, folder, run) if plan.constrained else list(members)
     before = joint.measured(members, run.memory, run.progress)
+    if plan.aligns:
+        members, shift = started(members, run.memory)
+        for tilt in torch.nonzero(shift.any(1))[:, 0].tolist():
+            name = members[0].particles.file.name
+            far = math.hypot(*shift[tilt].tolist())
+            run.warn(f"{name}: image {tilt + 1} lies {far:.0f} Å from where its particles are; it's fitted from there")
     found = joint.fit(
         members, groups_of(members, plan.by_half), choices, plan.keep_corrections, run.memory, run.progress
     )

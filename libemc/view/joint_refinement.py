@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -360,15 +360,17 @@ def subtilt_plot(path: str | PathLike[str], tilt: Array, score: Array, weight: A
     Args:
         path: the picture.
         tilt: (T,) degrees.
-        score: (N, T) normalised; NaN where there is none.
+        score: (N, T) normalised; NaN where there is no image, which is left white.
         weight: (N, T), 0 or more.
-        use: (N, T) whether an image is used; the others are grey.
+        use: (N, T) whether an image is used; those that are there and aren't are grey.
     """
     order = np.argsort(tilt, kind="stable")
     angles, score, weight, use = tilt[order], score[:, order], weight[:, order], use[:, order]
     count, tilts = score.shape
     figure = Figure(figsize=(10.5, 6.6), layout="constrained")
     (top, bottom) = figure.subplots(2, 2, sharex=True, height_ratios=(2.2, 1.0))
+    there = np.isfinite(score)
+    use = use & there
     known = np.where(use, score, np.nan)
     low, high = np.percentile(known[np.isfinite(known)], SCORE_CONTRAST) if np.isfinite(known).any() else (0.0, 1.0)
     largest = max(float(np.max(weight, where=use & np.isfinite(weight), initial=0.0)), 1e-6)
@@ -379,6 +381,8 @@ def subtilt_plot(path: str | PathLike[str], tilt: Array, score: Array, weight: A
             np.ma.masked_invalid(values), cmap=colours, vmin=least, vmax=most, origin="lower", aspect="auto",
             extent=(-0.5, tilts - 0.5, 0.5, count + 0.5),
         )  # fmt: skip
+        nothing = np.ma.masked_where(there, np.zeros(score.shape))
+        axes.imshow(nothing, cmap=ListedColormap(["white"]), origin="lower", aspect="auto", extent=drawn.get_extent())
         axes.set_title(f"{name}; grey: left out", fontsize=9)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(drawn, ax=axes, pad=0.02)
@@ -386,10 +390,10 @@ def subtilt_plot(path: str | PathLike[str], tilt: Array, score: Array, weight: A
     place = np.arange(tilts)
     _quartiles(bottom[0], place, known, BLUE)
     bottom[0].set(ylabel="score", title="median and quartiles of the used images")
-    share = 100 * (1 - use.mean(axis=0)) if count else np.zeros(tilts)
+    share = 100 * (1 - use.sum(axis=0) / np.maximum(there.sum(axis=0), 1)) * there.any(axis=0)
     bottom[1].bar(place, share, width=0.8, color=GREY)
     bottom[1].set(ylabel="left out (%)", ylim=(0.0, max(1.1 * float(share.max(initial=0.0)), 5.0)))
-    bottom[1].set_title(f"{int((~use).sum())} of {use.size} images left out")
+    bottom[1].set_title(f"{int((there & ~use).sum())} of {int(there.sum())} images left out")
     named = np.unique(np.linspace(0, tilts - 1, min(tilts, MOST_TICKS)).round().astype(int))
     for axes in bottom:
         axes.title.set_fontsize(9)

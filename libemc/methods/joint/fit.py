@@ -216,13 +216,12 @@ def errors(members: Sequence[Member], evidence: Evidence, choices: Sequence[Choi
 
 
 def rms_shift(evidence: Evidence) -> Tensor:
-    """(T,) Å rms by which images would shift on their own, as far as they tell; NaN where a tilt shows nothing.
+    """(T,) Å rms per axis by which single images would shift their particles; NaN where a tilt shows nothing.
 
-    The mean over the particles of H⁻¹g and its noise H⁻¹ taken off: what is left of the displacement.
+    Each image is weighed by what it tells. Its own noise is in it, the least that can be left: 1 / sqrt(curvature).
     """
-    h = evidence.curvature[..., SHIFT, SHIFT] + 1e-12 * torch.eye(2, dtype=torch.float64)
-    step = torch.linalg.solve(h, evidence.slope[..., SHIFT, None])[..., 0]
+    h = evidence.curvature[..., SHIFT, SHIFT]
     weight = torch.where(evidence.seen, h.diagonal(dim1=-1, dim2=-2).sum(-1), 0.0)
-    noise = torch.linalg.inv(h).diagonal(dim1=-1, dim2=-2).sum(-1)
-    power = (weight * ((step**2).sum(-1) - noise)).sum(0) / weight.sum(0)
-    return torch.where(weight.sum(0) > 0, (power / 2).clamp_min(0).sqrt(), math.nan)
+    step = torch.linalg.solve(h + 1e-9 * torch.eye(2, dtype=torch.float64), evidence.slope[..., SHIFT, None])[..., 0]
+    power = (weight * (step**2).sum(-1)).sum(0) / weight.sum(0)
+    return torch.where(weight.sum(0) > 0, (power / 2).sqrt(), math.nan)

@@ -39,7 +39,7 @@ class Level:
     lens: bool = False
 
 
-SHIFT = Level("shift of tilts", "Å", (0.5, 1.0, 2.0, 4.0, 8.0))
+SHIFT = Level("shift of tilts", "Å", (0.5, 1.0, 2.0, 4.0, 8.0, 16.0))
 ANGLES = Level("angles of tilts", "°", (0.03, 0.1, 0.3, 1.0))
 MAGNIFICATION = Level("magnification of tilts", "%", (0.03, 0.1, 0.3))
 MOTION = Level("motion along the exposure", "Å", (0.1, 0.2, 0.4, 0.8, 1.6), (0.0, 150.0, 300.0, 600.0, 1200.0))

@@ -12,7 +12,9 @@ from torch import Tensor
 from libemc.methods.joint.evidence import Evidence
 
 OUTLIER = 2.0
-"""Spreads of its tilt below the usual score at which an image is left out: gold, ice, the edge of the field."""
+"""Spreads of its tilt below the usual score from which an image may be left out: gold, ice, the edge of the field."""
+FALSE = 0.2
+"""Of those left out, the share that chance alone may have put there: good images have a tail, too."""
 LOUD = 5.0
 """The same of an image's power above the usual one."""
 WEIGHTS = (0.1, 2.0)
@@ -38,6 +40,18 @@ def scores(evidence: Evidence) -> Tensor:
     return torch.where(evidence.seen, (correlation - middle) / spread, torch.nan)
 
 
+def lowest(score: Tensor) -> float:
+    """The score below which images are left out: as many as make up a tail that normal scores don't have.
+
+    Benjamini & Hochberg (1995) with their share of false rejections at `FALSE`, and never above -`OUTLIER`.
+    """
+    known = score[torch.isfinite(score)].sort().values
+    chance = torch.special.ndtr(known)
+    rank = torch.arange(1, len(known) + 1, dtype=torch.float64)
+    passed = torch.nonzero((chance <= FALSE * rank / max(1, len(known))) & (known < -OUTLIER))[:, 0]
+    return float(known[passed[-1]]) + 1e-9 if len(passed) else -torch.inf
+
+
 def weights(evidence: Evidence, score: Tensor, keep: float | None = None) -> Tensor:
     """(N, T): about 1, by the contrast that an image has beyond chance; 0 for outliers and what isn't among the best.
 
@@ -55,7 +69,7 @@ def weights(evidence: Evidence, score: Tensor, keep: float | None = None) -> Ten
     own = (spread**2 - noise).clamp_min(0)  # variance of the contrasts themselves
     weight = (1 + (relative - 1) * own / (own + variance)).clamp(*WEIGHTS)
     power, power_spread = _usual(evidence.power, seen)
-    out = (score < -OUTLIER) | (evidence.power > power + LOUD * power_spread)
+    out = (score < lowest(score)) | (evidence.power > power + LOUD * power_spread)
     if keep is not None:
         floor = torch.stack([
             torch.quantile(column[ok], 1 - keep) if ok.any() else torch.tensor(0.0).double()
