@@ -15,7 +15,9 @@ emc_refine ribo --reference reference.mrc --startres 60 --path spt_00
 
 emc_mask spt_00/average.mrc --output mask.mrc
 emc_refine spt_00 --reference spt_00/average.mrc --local --startres 30 --mask mask.mrc --path spt_01
-emc_fsc spt_01/half1.mrc spt_01/half2.mrc --mask mask.mrc --output fsc
+emc_tomocpr spt_01 --path cpr_00                                   # the tilt series, from their particles
+emc_subtilt cpr_00 --path sub_00                                   # and each image by itself
+emc_fsc sub_00/half1.mrc sub_00/half2.mrc --mask mask.mrc --output fsc
 
-emc_export spt_01 --format relion31
-emc_info spt_01/average.mrc --replay > again.sh                    # all of the above that went into the map
+emc_export sub_00 --format relion31
+emc_info sub_00/average.mrc --replay > again.sh                    # all of the above that went into the map

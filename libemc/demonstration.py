@@ -41,13 +41,13 @@ def result_rows(folder: Path, names: Sequence[str]) -> list[Row]:
     truths = {name: folder / f"raw/{name}_truth.json" for name in names}
     true_map = folder / f"raw/{names[0]}_map.mrc"
     claimed = read_json(folder / "fsc/fsc.json")["resolution"]
-    like = comparison.overlaid(folder / "spt_00", true_map, folder / "mask.mrc", claimed)
-    refined = comparison.pose_errors("spt_00", truths, REACH, like, folder)
+    like = comparison.overlaid(folder / "sub_00", true_map, folder / "mask.mrc", claimed)
+    refined = comparison.pose_errors("sub_00", truths, REACH, like, folder)
     _, files = records.load_particles("emc", folder)
     count = sum(len(f.particles) for f in files.values())
     there = sum(len(read_truth(truth).picks.xyz) for truth in truths.values())
     picked = comparison.pose_errors("emc", truths, REACH, None, folder)
-    _, used = records.load_particles("spt_00", folder)
+    _, used = records.load_particles("sub_00", folder)
     refined_count = sum(p.use for f in used.values() for p in f.particles)
     right = int((refined.angle < RIGHT).sum())
     return [

@@ -285,6 +285,7 @@ def fit_series(members: Sequence[Member], plan: Plan, choices: Sequence[Choice],
     )
     after = joint.measured(found.members, run.memory, run.progress)
     errors = {} if plan.by_half else joint.errors(found.members, after, choices, run.seed)
+    strengths = {c.level.name: c.strength for c in choices}
     done = neighbours.with_neighbours(found.members, given)
     particles, first = [m.particles for m in done], 0
     if plan.weighed:
@@ -299,6 +300,7 @@ def fit_series(members: Sequence[Member], plan: Plan, choices: Sequence[Choice],
         "images": int(after.seen.sum()),
         "left_out": int(sum((p.visible & p.series.use & p.use[:, None] & (p.corrections.weight == 0)).sum() for p in particles)),
         "moved": float(moved[after.seen].median()) if bool(after.seen.any()) else 0.0,
+        "errors": {name: round(float(e.pow(2).mean().sqrt()) * strengths[name], 5) for name, e in errors.items()},
         "before": _listed(joint.rms_shift(before)),
         "after": _listed(joint.rms_shift(after)),
     }  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,21 +41,47 @@ SURE = 4.0
 """Standard errors from which a hand or a beam tilt counts."""
 SAME = 1e-3
 """Degrees and Å within which two alignments are the same."""
+COUNTS = "replaced"
+"""Part of a run's state: how often each record had been changed before."""
 
 
-def current(kinds: Sequence[Kind]) -> dict[str, TiltSeriesRecord]:
-    """The records of the tilt series of all kinds, checked to have the alignment that the particles have.
+def current(kinds: Sequence[Kind], to_update: bool, resumed: Path | None) -> dict[str, TiltSeriesRecord]:
+    """The records of the tilt series of all kinds.
+
+    Args:
+        to_update: they are to be changed, so they must be there and have the alignment that the particles have; else only
+            those that are there and have one.
+        resumed: folder of the run that is gone on with; what it has changed already is given as it was before.
 
     Raises:
         InputError: there's no record, or it was aligned anew since.
     """
     out: dict[str, TiltSeriesRecord] = {}
+    path = None if resumed is None else resumed / "run.json"
+    counts = records.load(path, records.Run).state.get(COUNTS, {}) if path is not None and path.exists() else {}
     for kind in kinds:
         for name, particles in kind.series.items():
+            if not to_update and not records.tiltseries_path(name).exists():
+                continue
             record = out.get(name) or records.load_tiltseries(name)
-            _check(records.need(record, "alignment"), particles, name)
-            out[name] = record
+            if (mine := _replaced_by(resumed, record, counts)) is not None:
+                record = record.model_copy(update={"alignment": mine.alignment, "ctf": mine.ctf})
+            if to_update:
+                _check(records.need(record, "alignment"), particles, name)
+            if record.alignment is not None and len(record.alignment.tilt) == len(particles.file.tilts.tilt):
+                out[name] = record
     return out
+
+
+def count_replaced(before: Mapping[str, TiltSeriesRecord], begun: Begun) -> None:
+    """Note in a run's state how often the records had been changed when it began: by it they are changed once."""
+    begun.state[COUNTS] = {name: len(r.replaced) for name, r in before.items()} | begun.state.get(COUNTS, {})
+
+
+def _replaced_by(folder: Path | None, record: TiltSeriesRecord, counts: Mapping[str, int]) -> Replaced | None:
+    """What a run has put other sections in the place of, if it has come so far; earlier ones may have had its folder."""
+    new = record.replaced[counts.get(record.name, len(record.replaced)) :]
+    return next((r for r in new if r.run == str(folder)), None)
 
 
 def _check(alignment: Alignment, particles: Particles, name: str) -> None:
@@ -198,7 +225,7 @@ def update_records(
     """
     told, out = reports(begun.state), list[TiltSeriesRecord]()
     for name, record in sorted(before.items()):
-        if name not in told or any(r.run == str(begun.folder) for r in record.replaced):
+        if name not in told or _replaced_by(begun.folder, record, begun.state[COUNTS]) is not None:
             continue
         particles = next(k.series[name] for k in kinds if name in k.series)
         new = refined(record, told[name], particles)

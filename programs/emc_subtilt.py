@@ -35,8 +35,8 @@ KEPT = ("run", "fit", "keep", "mask", "symmetry", "filter")
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The program's own options."""
     parser.add_argument("run", metavar="RUN", help="folder of a run with half maps, of emc_refine or emc_subtilt")
-    parser.add_argument("--fit", type=options.some_of(FITS), default=tuple(FITS), metavar="WHAT",
-                        help=f"what may be corrected: some of {','.join(FITS)} (default: all)")  # fmt: skip
+    parser.add_argument("--fit", type=options.some_of(FITS), default=",".join(FITS), metavar="WHAT",
+                        help="what may be corrected, with commas between")  # fmt: skip
     options.keep(parser)
     options.mask(parser)
     options.symmetry(parser, default=None)

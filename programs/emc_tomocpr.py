@@ -13,7 +13,7 @@ it for each) and the new alignment and CTF into the records of the tilt series; 
     emc_tomocpr spt_00 --refine ctf                        # defocus and astigmatism alone
     emc_tomocpr spt_00 --dry-run                           # what would change
     emc_tomogram --all --load --bin 8                      # tomograms with what was found
-    emc_import --alignment cpr_00/before/TS_01.json TS_01  # back to what was before
+    emc_import --alignment cpr_00/before/TS_01.json TS_01 --overwrite  # back to what was before
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ KEPT = ("runs", "refine", "alone", "mask", "symmetry", "filter")
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The program's own options."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs with half maps, one for each kind")
-    parser.add_argument("--refine", type=options.some_of(FITS), default=tuple(FITS), metavar="WHAT",
-                        help=f"some of {','.join(FITS)} (default: all)")  # fmt: skip
+    parser.add_argument("--refine", type=options.some_of(FITS), default=",".join(FITS), metavar="WHAT",
+                        help="what may be changed, with commas between")  # fmt: skip
     parser.add_argument("--alone", action="store_true", help="compare images with the prediction of one particle alone")
     parser.add_argument("--no-record", action="store_true", help="leave the records of the tilt series as they are")
     options.mask(parser)
@@ -72,7 +72,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
         raise InputError("are for one kind of particle", "--mask, --symmetry", "leave them out: each run has its own")
     inputs = [*map(run.particles, args.runs), *map(run.input, filter(None, [args.mask]))]
     kinds = [joint_refinements.open_kind(name, args.mask, args.symmetry) for name in args.runs]
-    before = {} if args.no_record else tiltseries_updates.current(kinds)
+    before = tiltseries_updates.current(kinds, not args.no_record, args.path if run.resume else None)
     wanted = tuple(level for level in ORDER if any(level in FITS[name] for name in args.refine))
     plan = joint_refinements.Plan(
         levels=wanted, by_half=False, keep_corrections=levels.MOTION not in wanted, constrained=not args.alone,
@@ -84,6 +84,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
         return show(kinds, plan, run)
     kept = project.plain({name: getattr(args, name) for name in KEPT})
     begun = joint_refinements.begin(kinds, args.path, "cpr", kept, run)
+    tiltseries_updates.count_replaced(before, begun)
 
     def save(stopped_at: str | None) -> None:
         used = {**kept, "no_record": args.no_record, "iterations": args.iterations}
@@ -96,7 +97,8 @@ def main(args: argparse.Namespace, run: Run) -> None:
     begun = tiltseries_updates.with_hand(begun, "ctf" in args.refine, args.filter, run)
     done = joint_refinements.refine(begun, plan, args.iterations, save, run, finished)
     done = tiltseries_updates.settle(begun, done, args.filter, run, save)
-    tiltseries_updates.update_records(before, done, begun, run)
+    if not args.no_record:
+        tiltseries_updates.update_records(before, done, begun, run)
     for kind in done:
         title = f"{kind.folder}: {kind.made.resolution:.2f} Å"
         joint_pages.write_page(kind, title, kept, begun.state, wanted, run, before)

@@ -38,7 +38,7 @@ COARSE = 2.0
 """Times the finest period: of the data that a fit begins in."""
 STEPS = (2, 2)
 """Gauss-Newton steps in coarse and in fine data."""
-LEAST_RADIUS = 4
+LEAST_RADIUS = 4.0
 """Fourier pixels of the coarsest band."""
 
 

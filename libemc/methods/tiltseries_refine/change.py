@@ -33,7 +33,7 @@ class Change:
     Attributes:
         shift: (T, 2) Å, before the magnification; turn: (T, 3) degrees, rotation vector in the image's frame.
         magnification: (T,) factor. defocus: (T,) Å. astigmatism: (2,) Å, (U-V)/2 times cos and sin of twice its angle.
-        shift_error: (T, 2); turn_error: (T, 3); defocus_error: (T,).
+        shift_error: (T, 2); turn_error: (T, 3); defocus_error: (T,); astigmatism_error: (2,).
     """
 
     shift: Tensor
@@ -44,13 +44,14 @@ class Change:
     shift_error: Tensor
     turn_error: Tensor
     defocus_error: Tensor
+    astigmatism_error: Tensor
 
     @staticmethod
     def none(tilts: int) -> Change:
         """No change."""
         two, three, one = (torch.zeros(tilts, n, dtype=torch.float64) for n in (2, 3, 1))
-        flat = one[:, 0]
-        return Change(two, three, flat + 1, flat, torch.zeros(2, dtype=torch.float64), two, three, flat)
+        flat, pair = one[:, 0], torch.zeros(2, dtype=torch.float64)
+        return Change(two, three, flat + 1, flat, pair, two, three, flat, pair)
 
     @staticmethod
     def of(
@@ -70,7 +71,7 @@ class Change:
             elif c.level is levels.DEFOCUS:
                 out = replace(out, defocus=w[:, 0], defocus_error=e[:, 0])
             elif c.level is levels.ASTIGMATISM:
-                out = replace(out, astigmatism=w[0])
+                out = replace(out, astigmatism=w[0], astigmatism_error=e[0])
         return out
 
     def table(self) -> dict[str, Any]:
@@ -135,6 +136,9 @@ def focused(old: Ctf, change: Change, handedness: int, beam_tilt: tuple[float, f
             "defocus_v": _floats(mean - half),
             "angle": _floats(lens[:, 1]),
             "error": _floats(change.defocus_error) if known else old.error,
+            "astigmatism_error": 2 * float(change.astigmatism_error.mean())
+            if change.astigmatism_error.any()
+            else old.astigmatism_error,
             "defocus_handedness": handedness,
             "beam_tilt": beam_tilt,
         }

@@ -1,0 +1,168 @@
+"""References of all but a part: against averages of sets that lack it, and what one loud particle leaves in which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from libemc.methods import average
+from libemc.methods.joint import references
+from libemc.methods.joint.references import FOLDS, Making, left_out_gain, made, parts_of
+from libemc.methods.refine.references import Filtering
+from libemc.methods.subtilts import Particles
+from tests.methods.joint.joint_data import PIXEL, empty, pictured, scattered, unit_map
+
+MEMORY = 1 << 26
+
+
+@dataclass(frozen=True)
+class Unfiltered:
+    """In the place of `Filtering`: maps as they are."""
+
+    mask: Tensor
+
+    def of(self, *_: Any) -> Any:
+        return lambda density, _gain: density
+
+
+def noisy(count: int, box: int, name: str = "TS_01", seed: int = 0) -> Particles:
+    file = scattered(count, box, tilts=5, seed=seed).model_copy(update={"name": name})
+    return pictured(empty(file), unit_map(box), noise=2.0, seed=seed)
+
+
+def as_they_are(box: int) -> Making:
+    return Making(Unfiltered(torch.ones(box, box, box)), "c1", 0.0, MEMORY)  # type: ignore[arg-type]
+
+
+def within_nyquist(density: Tensor) -> Tensor:
+    """Without the corners of the transform, which references don't have: a line down to nothing beyond Nyquist's shell."""
+    return filtered(density, np.ones(density.shape[-1] // 2 + 1))
+
+
+def filtered(density: Tensor, gain: np.ndarray) -> Tensor:
+    """By a gain of shells, written out."""
+    n = density.shape[-1]
+    k = np.fft.fftfreq(n) * n
+    radius = np.sqrt(k[:, None, None] ** 2 + k[:, None] ** 2 + k**2)
+    curve = np.interp(radius, np.arange(n // 2 + 2), np.append(gain, 0.0))
+    return torch.from_numpy(np.fft.ifftn(np.fft.fftn(density.numpy()) * curve).real)
+
+
+def without(particles: Particles, part: Tensor) -> Particles:
+    """None of a part counts; which images the noise is measured by stays."""
+    return particles.weighted(torch.where(part, 0.0, particles.weight), (None,) * len(particles))
+
+
+def test_parts_follow_from_the_set_and_are_balanced() -> None:
+    series = [noisy(11, 8, "A"), noisy(17, 8, "B", 1)]
+    parts = parts_of(series)
+    assert {n: len(p) for n, p in parts.items()} == {"A": 11, "B": 17}
+    other = [replace(p, stack=p.stack[::-1].copy()).using(p.half == 1) for p in series]
+    assert all(torch.equal(a, parts_of(other)[n]) for n, a in parts.items())
+    every, half = torch.cat(list(parts.values())), torch.cat([p.half for p in series])
+    for h in (1, 2):
+        counts = torch.bincount(every[half == h], minlength=FOLDS)
+        assert len(counts) == FOLDS and int(counts.max() - counts.min()) <= 1
+
+
+@pytest.mark.parametrize("box", [16, 17])
+def test_each_lacks_its_part_and_nothing_else(box: int) -> None:
+    """Of two tilt series and uneven weights, against averages that were made without the part; 1e-4 of the largest density: sums in
+    single precision, the whole less the part."""
+    series = [noisy(14, box, "A"), noisy(11, box, "B", 1)]
+    weight = torch.linspace(0.5, 1.5, 14).double()
+    weight[3] = 0.0
+    series[0] = series[0].weighted(weight, (None,) * 14)
+    series[1] = series[1].using(torch.arange(11) != 4)
+    maps = average.half_maps(series, MEMORY)
+    found = made(series, maps, torch.ones(box // 2 + 1).double(), 20.0, as_they_are(box))
+    assert found.resolution == 20.0 and len(found.maps) == FOLDS
+    for part, pair in enumerate(found.maps):
+        left = [without(p, found.parts[p.file.name] == part) for p in series]
+        expected = average.half_maps(left, MEMORY)
+        for h, (mine, other, whole) in enumerate(
+            zip(pair, (expected.half1, expected.half2), (maps.half1, maps.half2), strict=True)
+        ):
+            apart = (mine - within_nyquist(other)).abs().max() / other.abs().max()
+            assert apart < 1e-4, (part, h, apart)
+            assert (mine - within_nyquist(whole)).abs().max() > 0.02 * whole.abs().max()  # and the part was something
+
+
+def test_symmetry_takes_all_copies_out() -> None:
+    box = 16
+    series = [noisy(14, box)]
+    maps = average.half_maps(series, MEMORY, "c3")
+    making = replace(as_they_are(box), symmetry="c3")
+    found = made(series, maps, torch.ones(box // 2 + 1).double(), 20.0, making)
+    expected = average.half_maps([without(series[0], found.parts["TS_01"] == 2)], MEMORY, "c3")
+    assert (found.maps[2][0] - within_nyquist(expected.half1)).abs().max() < 1e-4 * expected.half1.abs().max()
+
+
+def test_no_particle_is_compared_with_itself() -> None:
+    """One particle's images hold a spike of a thousand times the rest: half maps and other references hold it, those that it is
+    compared with don't, to single precision's 1e-4 of it."""
+    box = 16
+    particles = noisy(26, box)
+    spike, tilts = 5, len(particles.series.use)
+    stack = particles.stack.copy()
+    stack[spike * tilts : (spike + 1) * tilts, box // 2, box // 2] += 1000 * stack.std()
+    loud, plain = ([replace(particles, stack=s)] for s in (stack, particles.stack))
+    half, part = int(particles.half[spike]) - 1, int(parts_of(loud)["TS_01"][spike])
+    flat = torch.ones(box // 2 + 1).double()
+    found, other = (
+        made(s, average.half_maps(s, MEMORY), flat, 20.0, as_they_are(box)) for s in (loud, plain)
+    )
+    peaks = torch.tensor([[float(m.abs().max()) for m in pair] for pair in found.maps])
+    quiet = torch.tensor([[float(m.abs().max()) for m in pair] for pair in other.maps])
+    held = peaks > 5 * quiet
+    expected = torch.zeros(FOLDS, 2, dtype=torch.bool)
+    expected[:, half] = True
+    expected[part, half] = False
+    assert torch.equal(held, expected), peaks / quiet
+
+
+def test_filters_and_masks_as_references_are() -> None:
+    """With the filter of the whole's FSC, less what a sixth fewer particles see, and the mask; shells that are shared are alike
+    in both halves."""
+    box = 24
+    series = [noisy(26, box)]
+    maps = average.half_maps(series, MEMORY)
+    x = torch.arange(box) - box // 2
+    mask = ((x**2 + x[:, None] ** 2 + x[:, None, None] ** 2).float().sqrt() < 9).float()
+    fsc = torch.cat([torch.linspace(1, 0.5, 7), torch.zeros(box // 2 - 6)]).double()
+    filtering = Filtering("spherical", mask, PIXEL, 0)
+    plain = made(series, maps, fsc, 20.0, as_they_are(box))
+    found = made(series, maps, fsc, 20.0, Making(filtering, "c1", 0.0, MEMORY))
+    shared = made(series, maps, fsc, 20.0, Making(filtering, "c1", 4.0, MEMORY))
+    gain = left_out_gain(average.for_filters(fsc)).numpy()
+    for pair, raw, joint in zip(found.maps, plain.maps, shared.maps, strict=True):
+        for mine, density in zip(pair, raw, strict=True):
+            assert not mine[mask == 0].any()
+            expected = filtered(density, gain) * mask
+            assert (mine - expected).abs().max() < 1e-4 * expected.abs().max()
+        low, apart = ([np.fft.fftn(m.numpy())[:3, :3, :3] for m in p] for p in (joint, pair))
+        assert np.abs(low[0] - low[1]).max() < 0.5 * np.abs(apart[0] - apart[1]).max()
+
+
+def test_fewer_particles_have_less_signal_to_noise() -> None:
+    """By a sixth, from SNR = FSC / (1 - FSC); with none they have none."""
+    fsc = torch.tensor([0.9, 0.5, 0.143, 0.0, -0.1]).double()
+    found = left_out_gain(fsc)
+    snr = fsc[:3] / (1 - fsc[:3])
+    torch.testing.assert_close(found[:3] / (1 - found[:3]), snr * 5 / 6)
+    assert found[3] == 0 and found[4] == fsc[4]
+    assert float(left_out_gain(torch.ones(1).double())) < 1
+
+
+def test_volumes_are_made_once() -> None:
+    box = 16
+    maps = [(unit_map(box), 2 * unit_map(box))]
+    kept = references.References(maps, {}, 20.0)
+    first = kept.volumes(6.0)
+    assert first is kept.volumes(6.0) and first is not kept.volumes(5.0)
+    torch.testing.assert_close(2 * first[0][0].data, first[0][1].data)
