@@ -11,8 +11,9 @@ import torch
 
 from libemc.cli import Run
 from libemc.io import mrc
-from libemc.joint_refinements import Kind
-from libemc.methods.joint.levels import Level
+from libemc.joint_refinements import Kind, choices_of
+from libemc.methods.joint.fit import paths
+from libemc.methods.joint.levels import MOTION, Choice, Level
 from libemc.methods.reconstruct import bin_image
 from libemc.methods.subtilts import Particles, TiltGeometry
 from libemc.methods.tiltseries_refine.change import Change
@@ -23,10 +24,19 @@ DRAWN = 6
 WIDTH = 700  # pixels of a tilt image with tracks
 
 
-def displacements(particles: Particles) -> np.ndarray[Any, Any]:
-    """(N, T, 2) Å by which images show their particles beside their positions; NaN where there is no image."""
+def displacements(particles: Particles, motion: Choice | None, resolution: float) -> np.ndarray[Any, Any]:
+    """(N, T, 3) Å: the paths of particles along the exposure; NaN in tilts that don't show them.
+
+    Args:
+        motion: the level of it; None: images were shifted, which is turned back into the specimen's frame.
+    """
+    if motion is not None:
+        path = paths(particles, motion, resolution)
+    else:
+        shift = particles.corrections.shift - particles.realigned()
+        path = torch.einsum("tij,nti->ntj", particles.series.matrices[:, :2], shift)
     known = (particles.visible & particles.series.use & particles.use[:, None])[..., None]
-    return torch.where(known, particles.corrections.shift, torch.nan).numpy()
+    return torch.where(known, path, torch.nan).numpy()
 
 
 def write_page(
@@ -48,6 +58,7 @@ def write_page(
 
     past = [i for i in state["iterations"] if i["kept"]] or state["iterations"]
     reports, units = past[-1]["series"], {level.name: level.unit for level in levels}
+    motion = next((c for c in choices_of(past[-1]["trials"], levels) if c.level is MOTION), None)
     pictures: list[view.Picture] = []
 
     def picture(name: str, headline: str, caption: str) -> Path:
@@ -64,13 +75,10 @@ def write_page(
         view.residual_plot(
             picture(f"{name}_residual.png", name, "How far images are from their predictions."), tilt, before, after
         )
-        moved = displacements(p)
+        moved = displacements(p, motion, kind.made.reach)
         if np.nansum(moved**2) > 0:
-            file = picture(
-                f"{name}_motion.png",
-                f"{name}: corrections",
-                "Images beside their particles' positions, along the dose.",
-            )
+            caption = "How far particles are from their positions, along the dose."
+            file = picture(f"{name}_motion.png", f"{name}: motion", caption)
             view.displacement_plot(file, p.series.dose_end.numpy(), moved)
         score = p.corrections.score.numpy()
         if np.isfinite(score).any():
@@ -78,7 +86,7 @@ def write_page(
             file = picture(f"{name}_images.png", f"{name}: images", "Scores and weights of all images.")
             view.subtilt_plot(file, tilt, score, p.corrections.weight.numpy(), used)
         if records is not None and name in records:
-            _draw_series(records[name], p, told, picture)
+            _draw_series(records[name], p, moved[..., :2], told, picture)
     page = view.JointPage(
         title=title,
         options={k.replace("_", " "): str(v) for k, v in options.items() if v not in (None, False)},
@@ -106,7 +114,9 @@ def _rms(values: list[float | None]) -> float:
     return float(np.sqrt((known**2).mean())) if len(known) else float("nan")
 
 
-def _draw_series(record: TiltSeriesRecord, p: Particles, told: Mapping[str, Any], picture: Any) -> None:
+def _draw_series(
+    record: TiltSeriesRecord, p: Particles, moved: np.ndarray[Any, Any], told: Mapping[str, Any], picture: Any
+) -> None:
     """The changes of a geometry, and the tracks of its particles on the least tilted image."""
     from libemc.view import joint_refinement as view
 
@@ -127,11 +137,9 @@ def _draw_series(record: TiltSeriesRecord, p: Particles, told: Mapping[str, Any]
     position = TiltGeometry.of(alignment, record.tilts.use).project(p.xyz)[0][:, flat].numpy()
     order = np.argsort(np.argsort(p.series.dose_end.numpy(), kind="stable"))
     file = picture(
-        f"{name}_tracks.png", f"{name}: motion", "How particles move in the image plane along the exposures."
+        f"{name}_tracks.png", f"{name}: motion", "How particles move along the exposures, in the specimen's x and y."
     )
-    view.tracks_plot(
-        file, small, record.source.pixel_size * binning, view.Tracks(position, displacements(p), order), name
-    )
+    view.tracks_plot(file, small, record.source.pixel_size * binning, view.Tracks(position, moved, order), name)
 
 
 def _changes(old: Alignment, matrices: torch.Tensor, change: Change) -> dict[str, Any]:

@@ -89,8 +89,8 @@ def simulated(folder: Path, right: bool = False) -> None:
         for number, name in enumerate(NAMES):
             words = (
                 f"raw/{name} --size 170 176 --pixel-size {PIXEL} --box {BOX} --count {PARTICLES} --tilt-range -48 48 6 "
-                f"--thickness 500 --strength 2 --motion {motion} --motion-range 400 --tilt-error {angle} "
-                f"--defocus {22000 + 9000 * number} --seed {number + 1} --map-out raw/true.mrc --overwrite"
+                f"--thickness 500 --strength 1.5 --motion {motion} --motion-range 400 --tilt-error {angle} "
+                f"--defocus {22000 + 9000 * number} --seed {number + (401 if right else 1)} --map-out raw/true.mrc --overwrite"
             )
             lines_of("emc_simulate", *words.split())
             lines_of("emc_import", f"raw/{name}.mrc")

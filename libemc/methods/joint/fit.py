@@ -38,6 +38,8 @@ COARSE = 2.0
 """Times the finest period: of the data that a fit begins in."""
 STEPS = (2, 2)
 """Gauss-Newton steps in coarse and in fine data."""
+PRECISION = 0.3
+"""Å within which a path follows the shifts of its images."""
 LEAST_RADIUS = 4.0
 """Fourier pixels of the coarsest band."""
 
@@ -197,6 +199,25 @@ def with_astigmatism(lens: Tensor, more: Tensor) -> Tensor:
     angle = torch.deg2rad(2 * lens[..., 1])
     x, y = lens[..., 0] * angle.cos() + more[..., 0], lens[..., 0] * angle.sin() + more[..., 1]
     return torch.stack([torch.hypot(x, y), torch.rad2deg(torch.atan2(y, x)) / 2 % 180, lens[..., 2]], dim=-1)
+
+
+def paths(particles: Particles, motion: Choice, resolution: float) -> Tensor:
+    """(N, T, 3) Å: how particles move along the exposure, as the shifts of their images beside the present alignment say.
+
+    What an image doesn't show of a path is what the level of motion expects of it, by its neighbours in time and space.
+
+    Args:
+        resolution: Å, whose detail is where a particle's position is.
+    """
+    scene = Scene(particles.series.matrices, particles.xyz, Walk.of(particles.series, resolution).basis)
+    term = scene.term(motion)
+    seen = (particles.shown & particles.use[:, None])[..., None].double()
+    known = torch.zeros(*particles.visible.shape, 5, dtype=torch.float64)
+    known[..., SHIFT] = (particles.corrections.shift - particles.realigned()) * seen / PRECISION**2
+    curvature = torch.zeros(*known.shape, 5, dtype=torch.float64)
+    curvature[..., SHIFT, SHIFT] = seen[..., None] * torch.eye(2, dtype=torch.float64) / PRECISION**2
+    (numbers,) = solve(known, curvature, [term])
+    return motion.strength * term.described(numbers)
 
 
 def errors(members: Sequence[Member], evidence: Evidence, choices: Sequence[Choice], seed: int) -> dict[str, Tensor]:
