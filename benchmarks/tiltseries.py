@@ -475,7 +475,7 @@ def crowded(b: Bench) -> list[Row]:
     told = []
     for own, oracle, start, first in kinds:
         print(line(oracle), flush=True)
-        rows = own.table([first, f"cpr_alone/{start}", f"cpr/{start}"], first)
+        rows = own.table([first, f"cpr_alone/{first}", f"cpr/{first}"], first)
         told += [oracle, *rows]
         if len(rows) == 3:
             alone, both = (row.likeness.resolution for row in rows[1:])

@@ -241,11 +241,11 @@ def chosen(kinds: Sequence[Kind], plan: Plan, run: Run) -> tuple[list[Choice], l
     some = [names[round(i)] for i in np.linspace(0, len(names) - 1, count)]
     found = []
     for name in some:
-        members, _ = (
-            started(members_of(kinds, name)[1], run.memory) if plan.aligns else (members_of(kinds, name)[1], None)
-        )
-        groups = groups_of(members, plan.by_half)
-        found += joint.cases(members, groups, plan.keep_corrections, run.memory, run.progress)
+        _, members = members_of(kinds, name)
+        base = joint.present(members) if plan.keep_corrections else None
+        if plan.aligns:
+            members, _ = started(members, run.memory)
+        found += joint.cases(members, groups_of(members, plan.by_half), base, run.memory, run.progress)
     return choose(found, plan.levels, run.seed)
 
 
@@ -274,15 +274,14 @@ def fit_series(members: Sequence[Member], plan: Plan, choices: Sequence[Choice],
     given = list(members)
     members = predicted_together(members, folder, run) if plan.constrained else list(members)
     before = joint.measured(members, run.memory, run.progress)
+    base = joint.present(members) if plan.keep_corrections else None
     if plan.aligns:
         members, shift = started(members, run.memory)
         for tilt in torch.nonzero(shift.any(1))[:, 0].tolist():
             name = members[0].particles.file.name
             far = math.hypot(*shift[tilt].tolist())
             run.warn(f"{name}: image {tilt + 1} lies {far:.0f} Å from where its particles are; it's fitted from there")
-    found = joint.fit(
-        members, groups_of(members, plan.by_half), choices, plan.keep_corrections, run.memory, run.progress
-    )
+    found = joint.fit(members, groups_of(members, plan.by_half), choices, base, run.memory, run.progress)
     after = joint.measured(found.members, run.memory, run.progress)
     errors = {} if plan.by_half else joint.errors(found.members, after, choices, run.seed)
     strengths = {c.level.name: c.strength for c in choices}

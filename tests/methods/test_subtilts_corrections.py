@@ -45,7 +45,7 @@ def test_they_are_kept_in_the_record() -> None:
     p = noisy()
     own = some(p)
     for values in (own.shift, own.turn, own.defocus, own.weight, own.score):
-        values[2] = {0: 0.0}.get(0, 0.0)
+        values[2] = 0.0
     own.weight[2], own.score[2] = 1.0, math.nan
     found = replace(p, corrections=own).to_file()
     assert [x.subtilt is None for x in found.particles] == [False, False, True, False]
@@ -114,8 +114,8 @@ def test_weights_scale_and_what_has_none_is_not_read(kind: str) -> None:
 
 @pytest.mark.parametrize("box", [24, 25])
 def test_what_a_batch_predicts_is_what_an_image_shows(box: int) -> None:
-    """Shift, turn and defocus of every image, in the batch's matrices, shifts and transfer: its prediction against the conventions
-    written out in double precision; 1e-4 of the largest coefficient, for single precision."""
+    """Shift, turn and defocus of every image, in the batch's matrices, shifts and transfer: its prediction against the
+    conventions written out in double precision; 1e-4 of the largest coefficient, for single precision."""
     p = noisy(box)
     own = some(p)
     p = p.corrected(shift=own.shift, turn=own.turn, defocus=own.defocus)

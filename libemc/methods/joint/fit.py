@@ -105,11 +105,15 @@ def present(members: Sequence[Member]) -> Tensor:
 
 
 def cases(
-    members: Sequence[Member], groups: Sequence[Tensor], keep: bool, memory: int, progress: Progress | None = None
+    members: Sequence[Member],
+    groups: Sequence[Tensor],
+    base: Tensor | None,
+    memory: int,
+    progress: Progress | None = None,
 ) -> list[Case]:
     """What levels are chosen by: the groups of particles of a tilt series, as in `fit`, in the finest data."""
     evidence, scene = measured(members, memory, progress), scene_of(members)
-    there = torch.zeros_like(evidence.slope) if keep else present(members)
+    there = present(members) if base is None else present(members) - base
     return [Case(replace(scene, xyz=scene.xyz[g]), evidence.some(g), there[g]) for g in groups]
 
 
@@ -135,7 +139,7 @@ def fit(
     members: Sequence[Member],
     groups: Sequence[Tensor],
     choices: Sequence[Choice],
-    keep: bool,
+    base: Tensor | None,
     memory: int,
     progress: Progress | None = None,
 ) -> Fit:
@@ -144,11 +148,11 @@ def fit(
     Args:
         groups: particles, numbered through all members, that are fitted by themselves; together all of them.
         choices: the levels that are on. Without one of the geometry, poses and geometry stay; without one of the CTF, that.
-        keep: what is fitted comes on top of the corrections that there are; else in their place.
+        base: (N, T, 8) corrections, as of `present`, on top of which the levels come; None: levels make up all of them.
     """
     scene, now = scene_of(members), list(members)
     corrections, lens = present(members), torch.cat([m.particles.lens for m in members])
-    base = corrections if keep else torch.zeros_like(corrections)
+    base = torch.zeros_like(corrections) if base is None else base
     numbers: list[dict[str, Tensor]] = [{} for _ in groups]
     for number, steps in enumerate(STEPS):
         for _ in range(steps):

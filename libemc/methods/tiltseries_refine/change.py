@@ -84,14 +84,16 @@ class Change:
         return Change(**{f.name: torch.tensor(table[f.name], dtype=torch.float64) for f in fields(Change)})
 
     def then(self, more: Change) -> Change:
-        """This change and another one on top of it; small turns add up."""
+        """This change and another one on top of it; small turns add up.
+
+        Of the astigmatism the other one has all: lenses that were fitted aren't kept with the particles from fit to fit.
+        """
         return replace(
             more,
             shift=self.shift + more.shift,
             turn=self.turn + more.turn,
             magnification=self.magnification * more.magnification,
             defocus=self.defocus + more.defocus,
-            astigmatism=self.astigmatism + more.astigmatism,
         )
 
     def matrices(self, old: Tensor) -> Tensor:
@@ -149,7 +151,8 @@ def settled(particles: Particles, change: Change, beam_tilt: tuple[float, float]
     """Particles in the changed geometry: what it explains is taken off their corrections, and no image moves.
 
     Args:
-        particles: with all of the fit in their corrections and lenses.
+        particles: with all of the fit in their corrections. Astigmatism is added to the lenses in their record, whether or not
+            they have it already: a lens that was fitted isn't kept when particles are written before they are settled.
         beam_tilt: mrad, of their optics from now on.
     """
     series, file, own = particles.series, particles.file, particles.corrections
@@ -161,8 +164,8 @@ def settled(particles: Particles, change: Change, beam_tilt: tuple[float, float]
     turn = own.turn - change.turn
     height = torch.einsum("tj,nj->nt", new[:, 2] - old[:, 2], particles.centre)
     axis, tilt, xtilt = (_floats(a) for a in tilt_angles_from_matrix(new))
-    lens = torch.stack([series.astigmatism, series.astigmatism_angle, series.phase_shift], dim=-1)
-    lens = with_astigmatism(lens, change.astigmatism.expand(len(lens), 2)) if change.astigmatism.any() else lens
+    lens = _refocused(torch.stack([series.astigmatism, series.astigmatism_angle, series.phase_shift], dim=-1), change)
+    lenses = _refocused(Particles.of(file, particles.stack).lens, change)
     tilts: ParticleTilts = file.tilts.model_copy(
         update={
             "axis": axis,
@@ -178,7 +181,7 @@ def settled(particles: Particles, change: Change, beam_tilt: tuple[float, float]
     optics = file.optics if beam_tilt is None else file.optics.model_copy(update={"beam_tilt": beam_tilt})
     own_lens = [p.astigmatism is not None for p in file.particles]
     records = []
-    for p, z, mine, has in zip(file.particles, defocus.tolist(), particles.lens, own_lens, strict=True):
+    for p, z, mine, has in zip(file.particles, defocus.tolist(), lenses, own_lens, strict=True):
         update: dict[str, Any] = {} if p.defocus is None else {"defocus": tuple(z)}
         if has:
             update |= {"astigmatism": _floats(mine[:, 0]), "astigmatism_angle": _floats(mine[:, 1])}
@@ -186,9 +189,7 @@ def settled(particles: Particles, change: Change, beam_tilt: tuple[float, float]
     new_file = file.model_copy(update={"tilts": tilts, "optics": optics, "particles": tuple(records)})
     turn = torch.where(turn.abs() < 1e-9, 0.0, turn)
     corrected = particles.corrected(shift=shift, turn=turn, defocus=own.defocus - change.defocus)
-    return replace(
-        corrected, file=new_file, series=SeriesModel.of(new_file), defocus=defocus, lens=_lenses_of(particles, lens)
-    )
+    return replace(corrected, file=new_file, series=SeriesModel.of(new_file), defocus=defocus, lens=lenses)
 
 
 def _shifts(file: ParticleFile, change: Change) -> dict[str, tuple[float, ...]]:
@@ -201,11 +202,10 @@ def _shifts(file: ParticleFile, change: Change) -> dict[str, tuple[float, ...]]:
     return {"shift_x": _floats(shift[:, 0]), "shift_y": _floats(shift[:, 1])}
 
 
-def _lenses_of(particles: Particles, lens: Tensor) -> Tensor:
-    """(N, T, 3): the particles' own lenses as the fit left them, else those of the tilts (T, 3)."""
-    if any(p.astigmatism is not None for p in particles.file.particles):
-        return particles.lens
-    return lens.expand(len(particles), -1, -1)
+def _refocused(lens: Tensor, change: Change) -> Tensor:
+    """(..., T, 3): astigmatism, angle and phase shift with the change."""
+    more = change.astigmatism
+    return with_astigmatism(lens, more.expand(*lens.shape[:-1], 2)) if more.any() else lens
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def deformation_of(
     if not bendings:
         return None
     shortest = min(b.smooth.length for b in bendings)
-    columns, rows = (min(NODES[1], max(NODES[0], round(f / shortest) + 1)) for f in field)
+    columns, rows = (min(NODES[1], max(NODES[0], round(2 * f / shortest) + 1)) for f in field)
     x, y = (torch.linspace(-f / 2, f / 2, n, dtype=torch.float64) for f, n in zip(field, (columns, rows), strict=True))
     nodes = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2)
     moves = []

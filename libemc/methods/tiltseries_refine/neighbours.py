@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from libemc.methods.extract import background
 from libemc.methods.joint.fit import Member
 from libemc.methods.subtilts import GEOMETRY, Particles, Stack, TiltGeometry, transfer_function
 from libemc.numerics import fourier, slices
@@ -75,7 +76,8 @@ class _Brush:
     """Draws the particles of one kind."""
 
     particles: Particles
-    volumes: tuple[FourierVolume, FourierVolume]
+    parts: Tensor
+    volumes: list[tuple[FourierVolume, FourierVolume]]
     band: Band
     contrast: Tensor
     place: Tensor
@@ -84,11 +86,9 @@ class _Brush:
     @staticmethod
     def of(member: Member, contrast: Tensor, raw: bool, box: int, scale: Tensor) -> _Brush:
         p = member.particles
-        fitted = [fourier.centre_fit(r, (box,) * 3) for r in member.references.maps[0]]
         radius = min(box / 2, box * p.file.pixel_size / member.resolution)
-        volumes = [FourierVolume.from_map(r, radius=radius) for r in fitted]
         place = centres(p, raw) + in_patch(p)
-        return _Brush(p, (volumes[0], volumes[1]), Band.of(box, radius), contrast, place, scale)
+        return _Brush(p, member.parts, member.references.volumes(radius), Band.of(box, radius), contrast, place, scale)
 
     def patches(self, who: Tensor, tilt: int, half: int) -> tuple[Tensor, Tensor]:
         """Pictures (P, box, box) of particles (P,), and the pixels (P, 2), from the image's middle, on which they centre."""
@@ -99,7 +99,11 @@ class _Brush:
         transfer = transfer_function(p.series, tilts, defocus, p.lens[who, tilt], self.band, p.file.pixel_size)
         matrices = matrix_from_rotvec(own.turn[who, tilt]) @ p.series.matrices[tilt] @ p.rotation[who]
         magnification = p.series.magnification[tilts]
-        cut = slices.extract_slices(self.volumes[half - 1], matrices, self.band, magnification)
+        cut = torch.zeros(len(who), len(self.band.kx), dtype=torch.complex64)
+        for part, volumes in enumerate(self.volumes):  # the one without the particle: its noise is the image's own
+            mine = self.parts[who] == part
+            if mine.any():
+                cut[mine] = slices.extract_slices(volumes[half - 1], matrices[mine], self.band, magnification[mine])
         nearest = torch.floor(self.place[who, tilt] + 0.5)
         rest = self.place[who, tilt] - nearest
         values = cut * transfer * slices.shift_phases(rest, self.band)
@@ -129,6 +133,7 @@ def shown_by_others(
     largest = max(b.band.box for b in brushes.values()) + box
     origin = ((low + high) / 2).round()
     size = [2 * math.ceil(float(s) / 2) for s in (high - low) + 2 * largest]
+    outside = background(box).double()
     for tilt in torch.nonzero(mine.series.use)[:, 0].tolist():
         for half in (1, 2):
             who = torch.nonzero(mine.visible[:, tilt] & (mine.half == half) & mine.use)[:, 0]
@@ -147,7 +152,8 @@ def shown_by_others(
                         corner = torch.floor(middle[some[k], tilt] - origin + 0.5) + origin
                         _paste(cut[k].numpy(), patch[None], nearest[None], corner, -1)
                 shifted = fourier.shift_and_resize(cut.double(), -rest, (box, box))
-                out[some.numpy() * tilts + tilt] = shifted.numpy()
+                level = (shifted * outside).sum((1, 2), keepdim=True) / outside.sum()  # patches have a background of 0
+                out[some.numpy() * tilts + tilt] = (shifted - level).numpy()
     return out
 
 

@@ -134,7 +134,9 @@ def test_signs(box: int, name: str) -> None:
     planted = at(plain, truth)
     particles = pictured(plain, density, planted.corrections, truth[..., ASTIGMATISM], noise=1e-3)
     one = torch.ones(6, 5, dtype=torch.float64)
-    none, half, there, beyond = (measured(at(particles, f * truth), density, 9.0).likelihood(one) for f in (0, 0.5, 1, 1.5))
+    none, half, there, beyond = (
+        measured(at(particles, f * truth), density, 9.0).likelihood(one) for f in (0, 0.5, 1, 1.5)
+    )
     seen = plain.visible
     assert (there > half)[seen].all() and (half > none)[seen].all() and (there > beyond)[seen].all()
     u = torch.zeros_like(truth)

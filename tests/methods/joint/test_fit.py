@@ -76,15 +76,15 @@ def problem() -> tuple[Particles, Particles, Corrections]:
 
 @pytest.fixture(scope="module")
 def fitted(problem: tuple[Particles, Particles, Corrections]) -> Fit:
-    return fit([member(problem[0], unit_map(BOX), RESOLUTION)], ALL, LEVELS, False, MEMORY)
+    return fit([member(problem[0], unit_map(BOX), RESOLUTION)], ALL, LEVELS, None, MEMORY)
 
 
 def test_everything_gets_nearer_to_the_truth(problem: tuple[Particles, Particles, Corrections], fitted: Fit) -> None:
-    """What is wrong about positions in images falls to a quarter and less, about the defocus and orientations to about a half; no more
-    is left of any than a fit leaves that begins at the truth, but for a tenth."""
+    """What is wrong about positions in images falls to a quarter and less, about the defocus and orientations to about a half; no
+    more is left of any than a fit leaves that begins at the truth, but for a tenth."""
     given, right, truth = problem
     best = right.corrected(shift=truth.shift, defocus=truth.defocus)
-    known = one(fit([member(best, unit_map(BOX), RESOLUTION)], ALL, LEVELS, False, MEMORY))
+    known = one(fit([member(best, unit_map(BOX), RESOLUTION)], ALL, LEVELS, None, MEMORY))
     seen, at_best = given.visible, seen_at(best)
 
     def wrong(p: Particles) -> list[float]:
@@ -97,7 +97,9 @@ def test_everything_gets_nearer_to_the_truth(problem: tuple[Particles, Particles
     assert all(a < 1.1 * b for a, b in zip(after, least, strict=True)), (after, least)
 
 
-def test_the_numbers_are_those_of_the_corrections(problem: tuple[Particles, Particles, Corrections], fitted: Fit) -> None:
+def test_the_numbers_are_those_of_the_corrections(
+    problem: tuple[Particles, Particles, Corrections], fitted: Fit
+) -> None:
     """Of shifts of tilts and motion, which add up; of the defocus."""
     where = scene_of([member(problem[0], unit_map(BOX), RESOLUTION)])
     (numbers,), own = fitted.numbers, one(fitted).corrections
@@ -117,7 +119,7 @@ def test_errors_are_as_large_as_they_are_said_to_be() -> None:
         truth = 600 * normal(TILTS, seed=seed)
         own = replace(still(plain), defocus=truth.expand(80, TILTS).clone())
         given = member(pictured(plain, density, own, noise=2.0, seed=seed), density, RESOLUTION)
-        found = fit([given], [torch.arange(80)], [level], False, MEMORY)
+        found = fit([given], [torch.arange(80)], [level], None, MEMORY)
         error = errors(found.members, measured(found.members, MEMORY), [level], seed)["defocus of tilts"]
         assert (error < 0.5).all()  # of the 800 Å that were allowed
         pulls.append((found.numbers[0]["defocus of tilts"] - truth[None, :, None] / 800) / error)
@@ -127,8 +129,8 @@ def test_errors_are_as_large_as_they_are_said_to_be() -> None:
 def test_without_levels_nothing_moves(problem: tuple[Particles, Particles, Corrections]) -> None:
     """And with those of the CTF alone, nothing but the defocus."""
     given = member(problem[0], unit_map(BOX), RESOLUTION)
-    found = one(fit([given], ALL, [], False, MEMORY))
-    lens = one(fit([given], ALL, [DEFOCUS], False, MEMORY))
+    found = one(fit([given], ALL, [], None, MEMORY))
+    lens = one(fit([given], ALL, [DEFOCUS], None, MEMORY))
     for p in (found, lens):
         assert torch.equal(p.rotation, problem[0].rotation) and torch.equal(p.xyz, problem[0].xyz)
         assert not p.corrections.shift.any() and not p.corrections.turn.any()
@@ -137,14 +139,13 @@ def test_without_levels_nothing_moves(problem: tuple[Particles, Particles, Corre
 
 
 def test_what_there_was_is_kept_or_replaced(problem: tuple[Particles, Particles, Corrections]) -> None:
-    """The truth given, and a common shift planted on top of it. With `keep` the shift is found, and of the truth nothing is lost;
+    """The truth given, and a common shift planted on top of it: with the truth as base it is found and nothing of that is lost;
     else what is known of the paths goes, since no level on can hold it."""
     _, right, truth = problem
     off = torch.tensor([2.0, -3.0], dtype=torch.float64) * torch.tensor([1.0, 0.0] * 5)[:TILTS, None]
     given = right.corrected(shift=truth.shift + off, defocus=truth.defocus)
-    kept, replaced = (
-        one(fit([member(given, unit_map(BOX), RESOLUTION)], ALL, [SHIFTS], keep, MEMORY)) for keep in (True, False)
-    )
+    m = [member(given, unit_map(BOX), RESOLUTION)]
+    kept, replaced = (one(fit(m, ALL, [SHIFTS], base, MEMORY)) for base in (present(m), None))
     there = seen_at(right.corrected(shift=truth.shift))
     before, after, lost = (rms((seen_at(p) - there)[right.visible]) for p in (given, kept, replaced))
     assert after < before / 3 and after < lost / 2, (before, after, lost)
@@ -160,9 +161,8 @@ def test_what_there_was_is_kept_or_replaced(problem: tuple[Particles, Particles,
 def test_groups_are_fitted_by_themselves(apart: bool) -> None:
     """All images of half 2 moved by a pixel: in half 1 nothing changes when halves are groups, and a lot when they aren't.
 
-    What groups share are a tilt's noise and contrast: a moved image has the same noise, and all contrasts here are below the least
-    that counts, so that steps are too short, but the same.
-    1e-3 Å: the power of a moved image is the same but for rounding.
+    What groups share are a tilt's noise and contrast: a moved image has the same noise, and all contrasts here are below the
+    least that counts, so that steps are too short, but the same. 1e-3 Å: the power of a moved image is the same but for rounding.
     """
     given, _, _ = everything_wrong(noise=0.5)
     density = unit_map(BOX) * 25
@@ -171,7 +171,8 @@ def test_groups_are_fitted_by_themselves(apart: bool) -> None:
     stack[half[1]] = np.roll(stack[half[1]], 1, axis=-1)
     moved = replace(given, stack=stack.reshape(-1, BOX, BOX))
     a, b = (
-        one(fit([member(p, density, RESOLUTION)], half if apart else ALL, [SHIFTS], False, MEMORY)) for p in (given, moved)
+        one(fit([member(p, density, RESOLUTION)], half if apart else ALL, [SHIFTS], None, MEMORY))
+        for p in (given, moved)
     )
     first, second = ((a.corrections.shift - b.corrections.shift)[h].abs().max() for h in half)
     turned = rotation_distance(a.rotation, b.rotation)[half[0]].max()
@@ -194,10 +195,13 @@ def test_two_kinds_share_what_tilts_have() -> None:
         truth = replace(still(plain), shift=still(plain).shift + shift)
         members.append(member(pictured(plain, density, truth, noise=2.0), density, RESOLUTION))
         truths.append(truth.shift)
-    together = fit(members, [torch.arange(16)], [SHIFTS], False, MEMORY)
+    together = fit(members, [torch.arange(16)], [SHIFTS], None, MEMORY)
     found = torch.cat([m.particles.corrections.shift for m in together.members])
     assert (found - found[:1]).abs().max() < 1e-9  # one shift for both
-    at = [seen_at(m.particles) - seen_at(b.particles) - t for m, b, t in zip(together.members, members, truths, strict=True)]
+    at = [
+        seen_at(m.particles) - seen_at(b.particles) - t
+        for m, b, t in zip(together.members, members, truths, strict=True)
+    ]
     assert rms(torch.cat(at)) < 0.25 * rms(torch.cat(truths))
     evidence = joined([m.evidence(RESOLUTION, MEMORY) for m in members])
     assert evidence.seen.shape == (16, TILTS)
@@ -225,14 +229,16 @@ def test_cases_are_those_of_the_fit(problem: tuple[Particles, Particles, Correct
     groups = [torch.arange(COUNT)[::2], torch.arange(COUNT)[1::2]]
     m = [member(given, unit_map(BOX), RESOLUTION)]
     evidence = measured(m, MEMORY)
-    for keep in (False, True):
-        for group, case in zip(groups, cases(m, groups, keep, MEMORY), strict=True):
+    for base in (None, present(m)):
+        for group, case in zip(groups, cases(m, groups, base, MEMORY), strict=True):
             torch.testing.assert_close(case.scene.xyz, given.xyz[group])
             torch.testing.assert_close(case.evidence.slope, evidence.slope[group])
             expected = torch.cat(
                 [given.corrections.turn, given.corrections.shift, given.corrections.defocus[..., None]], dim=-1
             )
-            torch.testing.assert_close(case.there[..., :6], torch.zeros_like(expected[group]) if keep else expected[group])
+            torch.testing.assert_close(
+                case.there[..., :6], expected[group] if base is None else torch.zeros_like(expected[group])
+            )
     assert torch.equal(present(m)[..., TURN], given.corrections.turn)
 
 
@@ -255,7 +261,9 @@ def test_astigmatism_is_found() -> None:
     plain = empty(scattered(COUNT, BOX, tilts=TILTS))
     more = torch.tensor([300.0, -250.0], dtype=torch.float64).expand(COUNT, TILTS, 2)
     given = pictured(plain, density, more=more, noise=0.5)
-    found = one(fit([member(given, density, RESOLUTION)], ALL, [Choice(levels.ASTIGMATISM, 400.0, math.inf)], False, MEMORY))
+    found = one(
+        fit([member(given, density, RESOLUTION)], ALL, [Choice(levels.ASTIGMATISM, 400.0, math.inf)], None, MEMORY)
+    )
     true = with_astigmatism(plain.lens, more)
     vectors = [torch.polar(x[..., 0], torch.deg2rad(2 * x[..., 1])) for x in (found.lens, true)]
     assert (vectors[0] - vectors[1]).abs().max() < 0.2 * 390
@@ -277,6 +285,8 @@ def test_how_far_single_images_would_move() -> None:
 def test_a_member_is_what_takes_part() -> None:
     density = unit_map(BOX)
     p = empty(scattered(4, BOX, tilts=TILTS))
-    p = p.using(torch.tensor([True, True, False, True])).weighted(torch.tensor([1.0, 0.0, 1.0, 2.0]).double(), (None,) * 4)
+    p = p.using(torch.tensor([True, True, False, True])).weighted(
+        torch.tensor([1.0, 0.0, 1.0, 2.0]).double(), (None,) * 4
+    )
     m: Member = member(p, density, RESOLUTION)
     assert m.taken.tolist() == [True, False, False, True] and m.resolution == RESOLUTION

@@ -114,9 +114,7 @@ def test_where_it_was_measured_does_not_matter() -> None:
     where = scene(30, TILTS)
     evidence = told(planted(where, "shift of tilts", 2.0, 3), 2)
     there = 3 * normal(30, TILTS, 8)
-    moved = Case(
-        where, told(planted(where, "shift of tilts", 2.0, 3), 2, slope_at=there), there
-    )
+    moved = Case(where, told(planted(where, "shift of tilts", 2.0, 3), 2, slope_at=there), there)
     here = Case(where, evidence, torch.zeros_like(there))
     some = (levels.SHIFT, levels.DEFOCUS)
     (a, t), (b, s) = choose([here], some, 0), choose([moved], some, 0)

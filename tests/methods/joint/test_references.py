@@ -72,8 +72,8 @@ def test_parts_follow_from_the_set_and_are_balanced() -> None:
 
 @pytest.mark.parametrize("box", [16, 17])
 def test_each_lacks_its_part_and_nothing_else(box: int) -> None:
-    """Of two tilt series and uneven weights, against averages that were made without the part; 1e-4 of the largest density: sums in
-    single precision, the whole less the part."""
+    """Of two tilt series and uneven weights, against averages that were made without the part; 1e-4 of the largest density: sums
+    in single precision, the whole less the part."""
     series = [noisy(14, box, "A"), noisy(11, box, "B", 1)]
     weight = torch.linspace(0.5, 1.5, 14).double()
     weight[3] = 0.0
@@ -114,9 +114,7 @@ def test_no_particle_is_compared_with_itself() -> None:
     loud, plain = ([replace(particles, stack=s)] for s in (stack, particles.stack))
     half, part = int(particles.half[spike]) - 1, int(parts_of(loud)["TS_01"][spike])
     flat = torch.ones(box // 2 + 1).double()
-    found, other = (
-        made(s, average.half_maps(s, MEMORY), flat, 20.0, as_they_are(box)) for s in (loud, plain)
-    )
+    found, other = (made(s, average.half_maps(s, MEMORY), flat, 20.0, as_they_are(box)) for s in (loud, plain))
     peaks = torch.tensor([[float(m.abs().max()) for m in pair] for pair in found.maps])
     quiet = torch.tensor([[float(m.abs().max()) for m in pair] for pair in other.maps])
     held = peaks > 5 * quiet

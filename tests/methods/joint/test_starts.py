@@ -46,7 +46,7 @@ def test_what_is_where_it_should_be_stays(noise: float) -> None:
 
 @pytest.mark.parametrize("box", [32, 33])
 def test_the_map_is_the_likelihood_of_a_common_shift(box: int) -> None:
-    """Of two tilts, at a few whole pixels: what the images say at such corrections, by `measure`, with the contrasts all alike."""
+    """At a few whole pixels: what all images of a tilt say at such corrections, by `measure`, with the tilt's usual contrast."""
     density = unit_map(box)
     particles = pictured(empty(scattered(4, box, tilts=5)), density, noise=1.0)
     particles = particles.using(torch.arange(4) < 2)

@@ -36,9 +36,7 @@ KINDS = [(basis, space, time) for basis in ("each", "one", "by tilt") for space 
 
 def made(basis: str, space: int, time: int, c: int = 2) -> Term:
     shape = {"each": (N, T), "one": (1, 1), "by tilt": (1, T)}[basis]
-    return Term(
-        "x", random(*shape, P, c), random(N, space) if space else None, random(T, time) if time else None, N, T
-    )
+    return Term("x", random(*shape, P, c), random(N, space) if space else None, random(T, time) if time else None, N, T)
 
 
 @pytest.mark.parametrize(("basis", "space", "time"), KINDS)

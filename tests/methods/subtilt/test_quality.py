@@ -26,7 +26,11 @@ def images(spread: float, seed: int, norm: float = 5.0, count: int = COUNT) -> E
     ⟨y, m⟩ has the variance |m|²/2; of the power, some hundred coefficients' mean.
     """
     fading = torch.linspace(1.0, 0.4, TILTS).double()
-    n = norm * fading**2 * (1 + 0.2 * torch.rand(count, TILTS, generator=torch.Generator().manual_seed(seed + 1)).double())
+    n = (
+        norm
+        * fading**2
+        * (1 + 0.2 * torch.rand(count, TILTS, generator=torch.Generator().manual_seed(seed + 1)).double())
+    )
     own = 1 + spread * normal(count, TILTS, seed=seed + 2)
     cross = own * n + (n / 2).sqrt() * normal(count, TILTS, seed=seed)
     power = 1 + 0.05 * normal(count, TILTS, seed=seed + 3)
@@ -62,8 +66,8 @@ def test_with_few_particles_all_tilts_say_what_is_usual() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_outliers_are_left_out(seed: int) -> None:
-    """Forty images of two thousand, five spreads below the others: all but a few go, and of those that go a fifth at most are good
-    (four standard deviations of a binomial more: a third)."""
+    """Forty images of two thousand, five spreads below the others: all but a few go, and of those that go a fifth at most are
+    good (and four standard deviations of a binomial)."""
     score = normal(COUNT, TILTS, seed=seed)
     bad = torch.zeros(COUNT, TILTS, dtype=torch.bool)
     bad.view(-1)[torch.randperm(COUNT * TILTS, generator=torch.Generator().manual_seed(seed))[:40]] = True
