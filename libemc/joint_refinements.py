@@ -203,23 +203,26 @@ def averaged(kind: Kind, run: Run) -> Kind:
     return replace(kind, maps=maps, outcome=average.finish(maps, kind.mask, kind.head.pixel_size, run.seed))
 
 
-def members_of(kinds: Sequence[Kind], name: str) -> tuple[list[Kind], list[Member]]:
-    """The kinds that are in a tilt series, and its particles of each.
+def check_geometries(kinds: Sequence[Kind]) -> None:
+    """Check that all kinds in a tilt series were cut out with one geometry.
 
     Raises:
-        InputError: they weren't cut out with one geometry.
+        InputError: they weren't.
     """
+    for name in sorted({name for k in kinds for name in k.series}):
+        first, *others = [k for k in kinds if name in k.series]
+        matrices = first.series[name].series.matrices
+        for k in others:
+            own = k.series[name].series.matrices
+            if own.shape != matrices.shape or bool((own - matrices).abs().max() >= 1e-6):
+                what = f"has another geometry of {name} than {first.run}"
+                raise InputError(what, k.run, "refine both from sets that were extracted with one alignment")
+
+
+def members_of(kinds: Sequence[Kind], name: str) -> tuple[list[Kind], list[Member]]:
+    """The kinds that are in a tilt series, and its particles of each."""
     there = [k for k in kinds if name in k.series]
-    members = [Member(k.series[name], k.references) for k in there]
-    first = members[0].particles.series
-    for k, m in zip(there, members, strict=True):
-        same = m.particles.series.matrices.shape == first.matrices.shape and bool(
-            (m.particles.series.matrices - first.matrices).abs().max() < 1e-6
-        )
-        if not same:
-            what = f"has another geometry of {name} than {there[0].run}"
-            raise InputError(what, k.run, "refine both from sets that were extracted with one alignment")
-    return there, members
+    return there, [Member(k.series[name], k.references) for k in there]
 
 
 def groups_of(members: Sequence[Member], by_half: bool) -> list[Tensor]:

@@ -26,6 +26,7 @@ from libemc.joint_refinements import (
     clear_parts,
     load_part,
     referenced,
+    save_kind,
     save_part,
 )
 from libemc.methods.joint.fit import Member, scene_of
@@ -146,19 +147,29 @@ def told_beam_tilt(kinds: Sequence[Kind], run: Run) -> dict[str, Any] | None:
 
 
 def change_of(
-    members: Sequence[Member], out: Outcome, choices: Sequence[Choice], before: Mapping[str, Any] | None
+    members: Sequence[Member],
+    out: Outcome,
+    choices: Sequence[Choice],
+    on_top: bool = False,
+    before: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What the fit of a tilt series changes, for the run's record.
 
     Args:
+        on_top: the fit came on top of the corrections that particles had; else it describes all of them.
         before: the same of an iteration that this one came on top of.
     """
     scene = scene_of(members)
+    on_top = on_top or all(c.level.lens for c in choices)
     change = Change.of(choices, out.numbers, out.errors, len(scene.matrices))
     if before is not None:
         change = Change.from_table(before["change"]).then(change)
     bendings = [b for c in choices if (b := Bending.of(scene, c, out.numbers[c.level.name])) is not None]
-    return {"change": change.table(), "bendings": [*(before or {}).get("bendings", []), *(b.table() for b in bendings)]}
+    return {
+        "change": change.table(),
+        "on_top": on_top,
+        "bendings": [*(before or {}).get("bendings", []), *(b.table() for b in bendings)],
+    }
 
 
 def lines(name: str, report: Mapping[str, Any]) -> str:
@@ -173,7 +184,8 @@ def lines(name: str, report: Mapping[str, Any]) -> str:
 
 
 def settle(begun: Begun, kinds: Sequence[Kind], filter: str, run: Run, save: Any) -> list[Kind]:
-    """The particles in the changed geometry, written where they are; no image moves by it.
+    """The particles in the changed geometry, written where they are; no image moves by it. What sharpens them anew, astigmatism
+    and beam tilt, makes new maps.
 
     First they are all written beside, then put in the place of those before: killed in between, a resumed run finishes.
     """
@@ -192,12 +204,20 @@ def settle(begun: Begun, kinds: Sequence[Kind], filter: str, run: Run, save: Any
         save("settled")
     out = []
     for kind in kinds:
-        parts = {name: load_part(kind, SETTLED, name) or p for name, p in kind.series.items()}
-        saved = project.save_run_particles(kind.folder, kind.head, list(parts.values()), kind.run)
-        out.append(replace(kind, series={p.file.name: p for p in saved}))
+        parts = {name: q for name in kind.series if (q := load_part(kind, SETTLED, name)) is not None}
+        if parts:  # else they are in their place already
+            saved = project.save_run_particles(kind.folder, kind.head, list((kind.series | parts).values()), kind.run)
+            kind = replace(kind, series={p.file.name: p for p in saved})
+        out.append(save_kind(averaged(kind, run), run, kind.run) if _sharper(state) else kind)
     save(None)
     clear_parts(kinds)
     return out
+
+
+def _sharper(state: Mapping[str, Any]) -> bool:
+    """Whether images are seen through another lens than those that the last maps were made of."""
+    told = state.get("beam_tilt")
+    return bool(told and told["kept"]) or any(any(r["change"]["astigmatism"]) for r in reports(state).values())
 
 
 def _beam_tilt(told: Mapping[str, Any] | None, particles: Particles) -> tuple[float, float] | None:
@@ -247,6 +267,8 @@ def refined(record: TiltSeriesRecord, report: Mapping[str, Any], particles: Part
     alignment = records.need(record, "alignment")
     rows, columns = record.source.shape[1:]
     field = (columns * record.source.pixel_size, rows * record.source.pixel_size)
+    if not report["on_top"] and particles.file.raw is not None:  # the fit tells all that moves since patches were cut
+        alignment = alignment.model_copy(update={"deformation": particles.file.raw.deformation})
     geometry = TiltGeometry.of(aligned(alignment, record.tilts.use, change, None), record.tilts.use)
     bendings = [Bending.from_table(t) for t in report["bendings"]]
     height = float(particles.xyz[:, 2].median())

@@ -63,7 +63,7 @@ def show(kinds: Sequence[Kind], plan: joint_refinements.Plan, run: Run) -> None:
     for name in sorted({name for kind in made for name in kind.series}):
         _, members = joint_refinements.members_of(made, name)
         out = joint_refinements.fit_series(members, plan, choices, Path(), run)
-        run.result(tiltseries_updates.lines(name, tiltseries_updates.change_of(members, out, choices, None)))
+        run.result(tiltseries_updates.lines(name, tiltseries_updates.change_of(members, out, choices)))
 
 
 def main(args: argparse.Namespace, run: Run) -> None:
@@ -72,6 +72,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
         raise InputError("are for one kind of particle", "--mask, --symmetry", "leave them out: each run has its own")
     inputs = [*map(run.particles, args.runs), *map(run.input, filter(None, [args.mask]))]
     kinds = [joint_refinements.open_kind(name, args.mask, args.symmetry) for name in args.runs]
+    joint_refinements.check_geometries(kinds)
     before = tiltseries_updates.current(kinds, not args.no_record, args.path if run.resume else None)
     wanted = tuple(level for level in ORDER if any(level in FITS[name] for name in args.refine))
     plan = joint_refinements.Plan(
@@ -92,7 +93,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
 
     def finished(name: str, there: list[Kind], members: list[Member], out: Outcome, choices: Any) -> dict[str, Any]:
         past = [i["series"].get(name) for i in begun.state["iterations"] if i["kept"] and plan.keep_corrections]
-        return tiltseries_updates.change_of(members, out, choices, past[-1] if past else None)
+        return tiltseries_updates.change_of(members, out, choices, plan.keep_corrections, past[-1] if past else None)
 
     begun = tiltseries_updates.with_hand(begun, "ctf" in args.refine, args.filter, run)
     done = joint_refinements.refine(begun, plan, args.iterations, save, run, finished)

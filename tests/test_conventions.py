@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mrcfile
 import numpy as np
@@ -547,6 +548,53 @@ def test_11_in_words() -> None:
     assert along == pytest.approx(far, rel=1e-3) and across == pytest.approx(near, rel=1e-3)
 
 
+def beam_phase(shape: tuple[int, int], pixel: float, tilt: tuple[float, float]) -> np.ndarray:
+    """exp(-2πi Cs λ² k² (k·β)) at 300 kV (λ = 0.0196875 Å) and Cs = 2.7 mm, β in mrad, on the full transform of an image."""
+    kx, ky = by_hand.frequencies(shape, pixel)
+    along = 1e-3 * (kx * tilt[0] + ky * tilt[1])
+    return np.exp(-2j * math.pi * 2.7e7 * 0.0196875**2 * (kx**2 + ky**2) * along)
+
+
+@pytest.mark.parametrize("n", [32, 33])
+def test_11_a_tilted_beam(n: int) -> None:
+    """An image of a tilted beam, in a record that says so, is read as the one that it would be without.
+
+    20 mrad are 0.8 rad at 12 Å; 1e-4 of the largest coefficient for images in single precision.
+    """
+    tilt, band = (20.0, -12.0), slices.Band.of(n, 10.0)
+    white = blobs_image((n, n), pose(20.0, 50.0, -70.0))
+    image = by_hand.filtered(white, beam_phase((n, n), PIXEL, tilt))
+    told = {"voltage": 300.0, "cs": 2.7, "amplitude_contrast": 0.07, "beam_tilt": list(tilt)}
+    read, want, untold = (
+        subtilts.load_batch(particles_of(content, picture[None].astype(np.float32)), torch.tensor([0]), band).values
+        for picture, content in (
+            (image, particle_record(box=n, optics=told)), (white, particle_record(box=n)), (image, particle_record(box=n)),
+        )
+    )  # fmt: skip
+    assert (read - want).abs().max() < 1e-4 * want.abs().max()
+    assert (untold - want).abs().max() > 0.02 * want.abs().max()
+
+
+def test_11_a_tilted_beam_simulated() -> None:
+    """The simulator's image of a particle, and the phase by hand: turned round it's another image."""
+    tilt = (25.0, -15.0)
+    scene = simulate.lay_out(
+        simulate.Acquisition((0.0,), (0,), dose=3.0, axis=0.0),
+        simulate.Imaging(defocus=5000.0, defocus_jitter=0.0, astigmatism=0.0, beam_tilt=tilt),
+        simulate.Specimen(particles=1, spacing=60.0, thickness=200.0, motion=0.0, ice=0.0),
+        (96, 96), 2.0, seed=12,
+    )  # fmt: skip
+    x, y, z = scene.truth()["pos_A"][0]
+    (image,) = simulate.tilt_images(scene, [torch.from_numpy(blobs_map(32)).float()], noise=False)
+    kx, ky = by_hand.frequencies((96, 96))
+    lens = by_hand.ctf(kx, ky, *(5000.0 - z,) * 2, 0.0, 0.0, 300.0, 2.7, 0.07) * by_hand.exposure(kx, ky, 3.0, 300.0)
+    white, phase = blobs_image((96, 96), scene.rotations[0], (x, y)), beam_phase((96, 96), PIXEL, tilt)
+    found = [
+        np.corrcoef(-image.ravel(), by_hand.filtered(white, lens * p).ravel())[0, 1] for p in (phase, phase.conj())
+    ]
+    assert found[0] > 0.999 and found[1] < 0.99
+
+
 def test_12_dark_until_extraction(hand: HandSeries) -> None:
     """Raw images and tomograms dark, particles and averages white; a record that says bright is not inverted."""
     i = int(np.abs(hand.positions[:, :2]).sum(axis=1).argmin())
@@ -776,6 +824,74 @@ def test_16_of_an_average(hand: HandSeries) -> None:
         s = next(s for s in range(1, 17) if curve[s] < 0.143)
         crossing = 32 * PIXEL / (s - 1 + (curve[s - 1] - 0.143) / (curve[s - 1] - curve[s]))
         assert content["resolutions"][name]["0.143"] == pytest.approx(crossing, rel=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------- corrections of single images
+
+
+def wrong_geometry(series: HandSeries, record: dict[str, Any]) -> list[np.ndarray]:
+    """Turn, shift and focus every tilt of a record another way, some degrees, Å and 1500 Å; its T_j as they are then."""
+    rng, alignment, lens = np.random.default_rng(6), record["alignment"], record["ctf"]
+    for key, size in (("axis", 6.0), ("tilt", 6.0), ("xtilt", 6.0), ("shift_x", 3.0), ("shift_y", 3.0)):
+        alignment[key] = (np.array(alignment[key]) + size * rng.choice([-1, 1], series.count)).tolist()
+    off = 1500.0 * rng.choice([-1, 1], series.count)
+    for key in ("defocus_u", "defocus_v"):
+        lens[key] = (np.array(lens[key]) + off).tolist()
+    angles = zip(alignment["axis"], alignment["tilt"], alignment["xtilt"], strict=True)
+    return [by_hand.tilt_matrix(*three) for three in angles]
+
+
+def rotation_vector(matrix: np.ndarray) -> np.ndarray:
+    """In degrees: the axis from what is not symmetric in it, the angle from its trace (below 90°)."""
+    axis = np.array([matrix[2, 1] - matrix[1, 2], matrix[0, 2] - matrix[2, 0], matrix[1, 0] - matrix[0, 1]])
+    return axis / np.linalg.norm(axis) * math.degrees(math.acos((np.trace(matrix) - 1) / 2))
+
+
+@pytest.mark.parametrize("turned_round", ["nothing", "turn", "shift", "ddefocus", "all left out"])
+def test_17_corrections_of_single_images(turned_round: str, project: Path, nine: tuple[HandSeries, np.ndarray]) -> None:
+    """Cut out with an alignment and a CTF that are wrong in every tilt; corrections by hand give the average of the right ones.
+
+    What is true is T_j of sentence 5, the shift, and the defocus of sentence 13; what the particle file has is the wrong T'_j,
+    and patches around where that sees the particle. So exp(turn) = T_j·T'_jᵀ, and (dx, dy) and ddefocus are the differences
+    in where the particle is seen and in its defocus. Any of them the other way round, or none, spoils the average.
+    """
+    series, stack = nine
+    series.write(project, stack)
+    info, file = project / "info/TS_hand_info.json", project / "particles/ribo/TS_hand.json"
+    program(emc_extract, "TS_hand", "--label", "ribo", "--set", "right", "--box", 40, "--quiet")
+    program(emc_average, "right", "--path", "right", "--quiet")
+    record = json.loads(info.read_text())
+    wrong, old, lens = wrong_geometry(series, record), record["alignment"], record["ctf"]
+    info.write_text(json.dumps(record))
+    program(emc_extract, "TS_hand", "--label", "ribo", "--set", "ribo", "--box", 40, "--quiet")
+    content = json.loads(file.read_text())
+    sign = {key: -1.0 if key == turned_round else 1.0 for key in ("turn", "shift", "ddefocus")}
+    for i, p in enumerate(content["particles"]):
+        r, rows = series.positions[i], []
+        for j, matrix in enumerate(wrong):
+            q, seen = matrix @ r, series.matrix(j) @ r + (*series.shifts[j], 0)
+            turn = rotation_vector(series.matrix(j) @ matrix.T)
+            moved = seen[:2] - q[:2] - (old["shift_x"][j], old["shift_y"][j])
+            focus = series.seen(i, j)[1] - ((lens["defocus_u"][j] + lens["defocus_v"][j]) / 2 + series.hand * q[2])
+            rows.append([*sign["shift"] * moved, *sign["turn"] * turn, sign["ddefocus"] * focus])
+        names = ("dx", "dy", "drot", "dtilt", "dpsi", "ddefocus")
+        if turned_round != "all left out":
+            p["subtilt"] = dict(zip(names, np.transpose(rows).tolist(), strict=True))
+            p["subtilt"] |= {"weight": [1.0] * series.count, "score": [None] * series.count}
+    file.write_text(json.dumps(content))
+    program(emc_average, "ribo", "--path", "avg", "--quiet")
+    halves, right = ([mrcfile.read(f"{run}/half{half}.mrc") for half in (1, 2)] for run in ("avg", "right"))
+    curves = [by_hand.shell_correlation(*pair) for pair in zip(halves, right, strict=True)]
+    if turned_round != "nothing":
+        assert max(curve[6:9].mean() for curve in curves) < 0.4
+        return
+    # what the particle shows is in the first six shells; beyond, patches that lie elsewhere have other noise at their edges
+    assert min(curve[1:6].min() for curve in curves) > 0.95 and min(curve[6:9].mean() for curve in curves) > 0.6
+    content["tilts"] |= {"shift_x": [7.0] * series.count, "shift_y": [-9.0] * series.count}  # aligned anew since
+    file.write_text(json.dumps(content))
+    program(emc_average, "ribo", "--path", "again", "--quiet")
+    for half, before in enumerate(halves, start=1):  # patches stay where they were cut
+        assert np.array_equal(mrcfile.read(f"again/half{half}.mrc"), before)
 
 
 # ------------------------------------------------------------------------------------------------------------ the border

@@ -255,6 +255,23 @@ def everyone_else(path: str) -> Prepare:
     return record(path, change)
 
 
+def another_run(change: Callable[[dict[str, Any]], Any] | None = None) -> Prepare:
+    """A copy of the run, with something changed in its particle file."""
+
+    def prepare(patch: pytest.MonkeyPatch) -> None:
+        shutil.copytree("spt_00", "other_run")
+        for file in Path("other_run/particles").glob("*.json"):
+            file.write_text(file.read_text().replace("spt_00/", "other_run/"))
+        if change is not None:
+            record("other_run/particles/TS_01.json", change)(patch)
+
+    return prepare
+
+
+def swing(content: dict[str, Any]) -> None:
+    content["tilts"]["tilt"][2] += 0.5
+
+
 CUBE, ONES = blobs_map(24), np.ones((24, 24, 24))
 CORNER, BALL = np.zeros((24, 24, 24)), np.zeros((24, 24, 24))
 CORNER[:3, :3, :3], BALL[10:15, 10:15, 10:14] = 1, 1
@@ -265,6 +282,9 @@ AVERAGE = "emc_average ribo --path avg --quiet"
 REFINE = "emc_refine ribo --reference ref.mrc --startres 14 --local --iterations 1 --path spt_01 --quiet"
 SELECT = "emc_select ribo --set new --quiet"
 RESUME = "emc_refine ribo --reference ref.mrc --startres 14 --local --iterations 2 --path spt_00 --resume --quiet"
+SUBTILT = "emc_subtilt spt_00 --path sub_00 --quiet"
+TOMOCPR = "emc_tomocpr spt_00 --path cpr_00 --quiet"
+TWO = "emc_tomocpr spt_00 other_run --path cpr_00 --no-record --quiet"
 TOMOGRAM = "emc_tomogram TS_01 --load --bin 2 --quiet"
 TOMOCTF = "emc_tomoctf TS_01 --quiet"
 MATCH = "emc_tempmatch TS_01 --template ref.mrc --resolution 10 --quiet"
@@ -450,6 +470,70 @@ CASES = {
     "refine: resume with a focus": case(
         f"{RESUME} --focus mask.mrc", None, "spt_00/run.json", "focus", "same options",
     ),
+    # refinement of images and of tilt series
+    "subtilt: a set": case("emc_subtilt ribo --quiet", None, "ribo", "has no half1.mrc", "emc_refine"),
+    "subtilt: no such run": case("emc_subtilt spt_07 --quiet", None, "spt_07", "no such particle set or run"),
+    "subtilt: no half map": case(SUBTILT, gone("spt_00/half2.mrc"), "spt_00", "has no half2.mrc"),
+    "subtilt: maps of another box": case(
+        SUBTILT, both(volume("spt_00/mask.mrc", ONES[:20, :20, :20]), put("spt_00/run.json", "options", "mask", value="m.mrc")),
+        "spt_00/mask.mrc", "emc_mask",
+    ),
+    "subtilt: broken run": case(SUBTILT, cut("spt_00/run.json", 200), "spt_00/run.json", "JSON"),
+    "subtilt: no images": case(SUBTILT, both(gone(STACK), gone(RAW)), RAW, "is missing"),
+    "subtilt: constant stack": case(SUBTILT, lambda _: fill(1), "spt_00", "no contrast"),
+    "subtilt: nobody is used": case(
+        SUBTILT, both(*(put("spt_00/particles/TS_01.json", "particles", i, "use", value=False) for i in range(4))),
+        "spt_00", "no particles to use",
+    ),
+    "subtilt: one half only": case(
+        SUBTILT, both(*(put("spt_00/particles/TS_01.json", "particles", i, "half", value=1) for i in range(4))),
+        "spt_00", "half 2 has no images",
+    ),
+    "subtilt: keeps nobody": case(f"{SUBTILT} --keep 0", None, "--keep", "leaves nothing"),
+    "subtilt: keeps more than all": case(f"{SUBTILT} --keep 1.5", None, "--keep", "from 0 to 1"),
+    "subtilt: fits nonsense": case(f"{SUBTILT} --fit shift,weight", None, "--fit", "'weight'", "shift, turn, defocus"),
+    "subtilt: fits nothing": case(f"{SUBTILT} --fit=", None, "--fit", "shift, turn, defocus"),
+    "subtilt: no iterations": case(f"{SUBTILT} --iterations 0", None, "--iterations", "0"),
+    "subtilt: unknown filter": case(f"{SUBTILT} --filter round", None, "--filter", "spherical"),
+    "subtilt: unknown symmetry": case(f"{SUBTILT} --symmetry q7", None, "q7", "cN"),
+    "subtilt: no mask": case(f"{SUBTILT} --mask none.mrc", None, "none.mrc", "no such file"),
+    "subtilt: mask of another box": case(
+        f"{SUBTILT} --mask m.mrc", volume("m.mrc", ONES[:20, :20, :20]), "m.mrc", "emc_mask",
+    ),
+    "subtilt: mask to 5": case(f"{SUBTILT} --mask m.mrc", volume("m.mrc", 5 * CUBE), "m.mrc", "from 0 to 1"),
+    "subtilt: two runs": case("emc_subtilt spt_00 spt_01 --quiet", None, "spt_01"),
+    "subtilt: resume nothing": case("emc_subtilt spt_00 --resume --quiet", None, "--resume", "--path"),
+    "subtilt: another's folder": case(
+        SUBTILT, write("sub_00/average.mrc", "mine"), "sub_00/average.mrc", "did not write it",
+    ),
+    "subtilt: onto its own start": case("emc_subtilt spt_00 --path spt_00 --quiet", None, "spt_00/run.json", "exists"),
+    "subtilt: read-only folder": case(SUBTILT, read_only, "can't be written to"),
+    "subtilt: no room": case(SUBTILT, NO_ROOM, "free some space"),
+    "subtilt: disk full": case(SUBTILT, FULL, "sub_00/", "no space left"),
+    "tomocpr: a set": case("emc_tomocpr ribo --quiet", None, "ribo", "has no half1.mrc", "emc_refine"),
+    "tomocpr: no such run": case("emc_tomocpr spt_07 --quiet", None, "spt_07", "no such particle set or run"),
+    "tomocpr: second of them no run": case("emc_tomocpr spt_00 spt_07 --quiet", None, "spt_07", "no such particle set or run"),
+    "tomocpr: refines nonsense": case(f"{TOMOCPR} --refine ctf,tilt", None, "--refine", "'tilt'", "geometry, motion, ctf"),
+    "tomocpr: one mask for two": case(f"{TWO} --mask mask.mrc", another_run(), "--mask", "each run has its own"),
+    "tomocpr: one symmetry for two": case(f"{TWO} --symmetry c2", another_run(), "--symmetry", "each run has its own"),
+    "tomocpr: another geometry": case(
+        TWO, another_run(swing), "other_run", "another geometry of TS_01 than spt_00", "one alignment",
+    ),
+    "tomocpr: another geometry, tried": case(
+        f"{TWO} --dry-run", another_run(swing), "other_run", "another geometry of TS_01 than spt_00", "one alignment",
+    ),
+    "tomocpr: the same run twice": case("emc_tomocpr spt_00 spt_00 --quiet", None, "two of the runs have the same name"),
+    "tomocpr: resume nothing": case("emc_tomocpr spt_00 --resume --quiet", None, "--resume", "--path"),
+    "tomocpr: aligned anew": case(
+        TOMOCPR, put(INFO, "alignment", "shift_x", 2, value=99.0), INFO, "another shift_x", "ribo", "--no-record",
+    ),
+    "tomocpr: no alignment": case(TOMOCPR, drop(INFO, "alignment"), INFO, "alignment", "run emc_tomogram TS_01"),
+    "tomocpr: no record": case(TOMOCPR, gone(INFO), INFO, "no tilt series TS_01"),
+    "tomocpr: mask of zeros": case(f"{TOMOCPR} --mask m.mrc", volume("m.mrc", 0 * ONES), "m.mrc", "emc_mask"),
+    "tomocpr: another's folder": case(
+        TOMOCPR, write("cpr_00/average.mrc", "mine"), "cpr_00/average.mrc", "did not write it",
+    ),
+    "tomocpr: disk full": case(TOMOCPR, FULL, "cpr_00/", "no space left"),
     # selection
     "select: nothing": case("emc_select --set new", None, "particle sets", "--label"),
     "select: sets and picks": case(f"{SELECT} --label ribo", None, "particle sets", "--label"),

@@ -213,14 +213,19 @@ def test_changes_that_are_none(tmp_path: Path, figures: list[Figure]) -> None:
 
 
 def test_scores_and_weights_of_every_image(tmp_path: Path, figures: list[Figure]) -> None:
-    """Sorted by tilt, left-out images masked; below them medians of the used ones and the share of the others."""
+    """Sorted by tilt, left-out images grey, and white where there is none; below them medians of the used ones and the share of
+    the others. What isn't there isn't counted, whatever is said of its use.
+    """
     rng = np.random.default_rng(7)
     score, weight = rng.normal(size=(2, COUNT, TILTS))
     weight, use = np.abs(weight), rng.uniform(size=(COUNT, TILTS)) > 0.3
-    use[:, UNUSED] = False
-    score[:, UNUSED] = np.nan
     use[3] = False
-    view.subtilt_plot(tmp_path / "s.png", tilts(), score, weight, use)
+    score[:, UNUSED] = np.nan
+    score[5, :3] = score[3, 4] = np.nan
+    said, there = use, np.isfinite(score)
+    use = said & there
+    assert (said & ~there).sum() > 5 and (~there & ~use).any()
+    view.subtilt_plot(tmp_path / "s.png", tilts(), score, weight, said)
     scores, weights, median, share, *bars = figures[0].axes
     assert len(bars) == 2
     order = np.argsort(tilts())
@@ -228,26 +233,37 @@ def test_scores_and_weights_of_every_image(tmp_path: Path, figures: list[Figure]
         drawn = axes.images[0].get_array()
         np.testing.assert_array_equal(~np.ma.getmaskarray(drawn), use[:, order])
         np.testing.assert_array_equal(drawn[use[:, order]], values[:, order][use[:, order]])
-        assert axes.images[0].get_extent() == [-0.5, TILTS - 0.5, 0.5, COUNT + 0.5]
+        nothing = axes.images[1]
+        np.testing.assert_array_equal(np.ma.getmaskarray(nothing.get_array()), there[:, order])
+        assert [to_hex(image.cmap.get_bad()) for image in axes.images] == [view.LEFT_OUT, "#000000"]
+        assert (
+            to_hex(nothing.cmap(0.5)) == "#ffffff" and nothing.cmap.get_bad()[3] == 0
+        )  # nothing is drawn over the others
+        assert all(image.get_extent() == [-0.5, TILTS - 0.5, 0.5, COUNT + 0.5] for image in axes.images)
     assert weights.images[0].get_clim() == (0, weight[use].max())
     seen = [k for k in range(TILTS) if order[k] != UNUSED]
     wanted = [np.median(score[use[:, order[k]], order[k]]) for k in seen]
     np.testing.assert_array_equal(median.lines[0].get_xdata(), seen)
     np.testing.assert_allclose(median.lines[0].get_ydata(), wanted)
     heights = [bar.get_height() for bar in share.patches]
-    np.testing.assert_allclose(heights, 100 * (~use[:, order]).sum(axis=0) / COUNT)
-    assert share.get_title() == f"{(~use).sum()} of {use.size} images left out"
+    left = (there & ~use)[:, order].sum(axis=0)
+    np.testing.assert_allclose(heights, 100 * left / np.maximum(there[:, order].sum(axis=0), 1))
+    assert heights[list(order).index(UNUSED)] == 0
+    assert share.get_title() == f"{left.sum()} of {there.sum()} images left out"
     assert [t.get_text() for t in median.get_xticklabels()] == [f"{a:.0f}" for a in np.sort(tilts())]
 
 
 def test_images_without_scores(tmp_path: Path, figures: list[Figure]) -> None:
-    """None has a score, and none is left out; then all are."""
+    """None has a score, so none is there; then all are there and left out."""
     nothing, ones = np.full((COUNT, TILTS), np.nan), np.ones((COUNT, TILTS))
     view.subtilt_plot(tmp_path / "s.png", tilts(), nothing, ones, ones > 0)
     assert "not known" in texts(figures[0].axes[2])
-    assert figures[0].axes[3].get_title() == f"0 of {COUNT * TILTS} images left out"
+    scores, _, _, share = figures[0].axes[:4]
+    assert share.get_title() == "0 of 0 images left out" and {bar.get_height() for bar in share.patches} == {0.0}
+    assert not np.ma.getmaskarray(scores.images[1].get_array()).any()
     view.subtilt_plot(tmp_path / "s.png", tilts(), ones, ones, ones < 0)
     assert {bar.get_height() for bar in figures[1].axes[3].patches} == {100.0}
+    assert figures[1].axes[3].get_title() == f"{COUNT * TILTS} of {COUNT * TILTS} images left out"
 
 
 def test_displacements_along_the_dose(tmp_path: Path, figures: list[Figure]) -> None:

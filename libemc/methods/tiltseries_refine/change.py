@@ -19,10 +19,10 @@ from libemc.methods.joint.fit import with_astigmatism
 from libemc.methods.joint.levels import Choice, Scene
 from libemc.methods.joint.terms import Smooth
 from libemc.methods.subtilts import Field, Particles, SeriesModel, TiltGeometry
-from libemc.numerics.rotations import matrix_from_rotvec, tilt_angles_from_matrix
+from libemc.numerics.rotations import matrix_from_rotvec, rotvec_from_matrix, tilt_angles_from_matrix
 from libemc.records import Alignment, Ctf, Deformation, ParticleFile, ParticleTilts
 
-NODES = (3, 9)
+NODES = (3, 15)
 """Fewest and most nodes of a deformation along each side."""
 
 
@@ -148,7 +148,8 @@ def focused(old: Ctf, change: Change, handedness: int, beam_tilt: tuple[float, f
 
 
 def settled(particles: Particles, change: Change, beam_tilt: tuple[float, float] | None = None) -> Particles:
-    """Particles in the changed geometry: what it explains is taken off their corrections, and no image moves.
+    """Particles in the changed geometry: what it explains is taken off their corrections, and no image moves. Their defocus
+    follows the height that they have now.
 
     Args:
         particles: with all of the fit in their corrections. Astigmatism is added to the lenses in their record, whether or not
@@ -161,7 +162,9 @@ def settled(particles: Particles, change: Change, beam_tilt: tuple[float, float]
     scale = change.magnification
     seen = torch.einsum("tij,nj->nti", old[:, :2], moved) + own.shift
     shift = seen / scale[:, None] - torch.einsum("tij,nj->nti", new[:, :2], moved)
-    turn = own.turn - change.turn
+    turn = own.turn
+    if change.turn.any():
+        turn = rotvec_from_matrix(matrix_from_rotvec(own.turn) @ matrix_from_rotvec(change.turn).transpose(1, 2))
     height = torch.einsum("tj,nj->nt", new[:, 2] - old[:, 2], particles.centre)
     axis, tilt, xtilt = (_floats(a) for a in tilt_angles_from_matrix(new))
     lens = _refocused(torch.stack([series.astigmatism, series.astigmatism_angle, series.phase_shift], dim=-1), change)

@@ -13,6 +13,7 @@ from torch import Tensor
 from libemc.methods.joint import levels
 from libemc.methods.joint.evidence import SHIFT, TURN
 from libemc.methods.joint.fit import (
+    PRECISION,
     Fit,
     Member,
     cases,
@@ -20,6 +21,7 @@ from libemc.methods.joint.fit import (
     fit,
     joined,
     measured,
+    paths,
     present,
     rms_shift,
     scene_of,
@@ -30,6 +32,7 @@ from libemc.methods.subtilts import Corrections, Particles
 from libemc.numerics.rotations import matrix_from_rotvec, rotation_distance
 from tests.methods.joint.joint_data import PIXEL, empty, member, pictured, scattered, still, told, unit_map
 from tests.methods.joint.test_levels import smooth_path
+from tests.methods.tiltseries_refine.raw_data import with_raw
 
 BOX, COUNT, TILTS, RESOLUTION, MEMORY = 25, 24, 9, 10.0, 1 << 26
 SHIFTS, MOTION = Choice(levels.SHIFT, 4.0, math.inf), Choice(levels.MOTION, 0.8, 300.0)
@@ -155,6 +158,57 @@ def test_what_there_was_is_kept_or_replaced(problem: tuple[Particles, Particles,
     assert torch.equal(kept.corrections.defocus, given.corrections.defocus)
     own = replaced.corrections.shift
     assert (own - own[:1]).abs().max() < 1e-9
+
+
+def test_a_start_is_a_part_of_what_is_fitted(problem: tuple[Particles, Particles, Corrections]) -> None:
+    """A tilt that was moved to where the fit begins: on top of what there was before, the numbers of the level hold all of it,
+    not only what the fit added; the choice of levels sees the same."""
+    _, right, truth = problem
+    far = torch.zeros(TILTS, 2, dtype=torch.float64)
+    far[4] = torch.tensor([9.0, -7.0])
+    lost = right.corrected(shift=truth.shift - far, defocus=truth.defocus)
+    base = present([member(lost, unit_map(BOX), RESOLUTION)])
+    begun = [member(right.corrected(shift=truth.shift, defocus=truth.defocus), unit_map(BOX), RESOLUTION)]
+    found = fit(begun, ALL, [SHIFTS], base, MEMORY)
+    numbers = 4.0 * found.numbers[0]["shift of tilts"][0]
+    # in a frame that moves with the particles, whose positions are free: nearly all of it is seen
+    assert (numbers[4] - far[4]).norm() < 0.2 * far[4].norm()
+    own = one(found).corrections.shift - lost.corrections.shift
+    torch.testing.assert_close(own, numbers.expand(COUNT, TILTS, 2), rtol=0, atol=1e-9)
+    (case,) = cases(begun, ALL, base, MEMORY)
+    torch.testing.assert_close(case.there[..., SHIFT], far.expand(COUNT, TILTS, 2), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_paths_are_those_that_shifted_the_images(raw: bool) -> None:
+    """Of smooth motion in three dimensions, beside an alignment that has changed: what is likeliest for a Gaussian process of
+    that covariance seen in the images there are, to `PRECISION`, by dense matrices in numpy; to 2 % of it, for modes left out and
+    the solver's tolerance. Its projections are those of the truth, well within what counts as exact."""
+    file = scattered(COUNT, BOX, tilts=TILTS)
+    if raw:
+        file = with_raw(file)
+        assert file.raw is not None
+        shifts = {n: tuple(5.0 + v for v in getattr(file.raw, n)) for n in ("shift_x", "shift_y")}
+        file = file.model_copy(update={"tilts": file.tilts.model_copy(update=shifts)})
+    p = empty(file)
+    where = scene_of([member(p, unit_map(BOX), RESOLUTION)])
+    truth = smooth_path(where, 600.0, 1.0, 3)
+    assert bool(p.realigned().any()) == raw
+    shift = torch.einsum("tij,ntj->nti", where.matrices[:, :2], truth) + p.realigned()
+    shift = torch.where(p.visible[..., None], shift, 99.0)
+    found = paths(p.corrected(shift=shift), Choice(levels.MOTION, 1.0, 600.0), RESOLUTION)
+    seen = p.visible
+    apart = torch.einsum("tij,ntj->nti", where.matrices[:, :2], found - truth)
+    assert rms(apart[seen]) < PRECISION / 2
+    x, walk = where.xyz.numpy(), where.walk.numpy()
+    near = np.exp(-((x[:, None] - x) ** 2).sum(-1) / (2 * 600.0**2))
+    prior = np.einsum("nm,ts,ij->ntimsj", near, walk @ walk.T, np.eye(3)).reshape(COUNT * TILTS * 3, -1)
+    views = np.einsum("nm,ts,tij->ntimsj", np.eye(COUNT), np.eye(TILTS), where.matrices[:, :2].numpy())
+    views = views.reshape(COUNT, TILTS, 2, -1)[seen.numpy()].reshape(-1, prior.shape[1])
+    data = torch.einsum("tij,ntj->nti", where.matrices[:, :2], truth)[seen].numpy().ravel()
+    gain = prior @ views.T @ np.linalg.inv(views @ prior @ views.T + PRECISION**2 * np.eye(len(data)))
+    expected = torch.from_numpy(gain @ data).reshape(COUNT, TILTS, 3)
+    assert rms(found - expected) < 0.02 * rms(expected) and rms(expected) > 0.5
 
 
 @pytest.mark.parametrize("apart", [True, False])

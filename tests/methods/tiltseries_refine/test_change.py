@@ -123,15 +123,15 @@ def test_no_image_moves(raw: bool, which: str) -> None:
 
 
 def test_turns_of_single_images_stay_with_them() -> None:
-    """Beside those of tilts; the two don't quite add up, which is half of their product in radians."""
+    """Beside those of tilts: every image shows its particle turned as before, to the last digit. They are what they were, but for
+    half of the product of both turns in radians, by which turns don't commute."""
     f = fitted(True)
     own = 2 * normal(COUNT, TILTS, 3, seed=9)
     p = f.particles.corrected(turn=f.particles.corrections.turn + own)
     found = settled(p, f.change)
-    torch.testing.assert_close(found.corrections.turn, own, rtol=0, atol=1e-9)
-    size = 0.5 * float(torch.deg2rad(own).norm(dim=-1).max() * torch.deg2rad(f.change.turn).norm(dim=-1).max())
-    apart = (seen(found)[1] - seen(p)[1]).abs().max()
-    assert apart < 1.5 * size < 0.002
+    torch.testing.assert_close(seen(found)[1], seen(p)[1], rtol=0, atol=1e-9)
+    size = 0.5 * float(own.norm(dim=-1).max() * torch.deg2rad(f.change.turn).norm(dim=-1).max())
+    assert (found.corrections.turn - own).norm(dim=-1).max() < 1.5 * size < 0.1
 
 
 def test_particles_with_lenses_of_their_own() -> None:
@@ -340,6 +340,7 @@ def test_a_deformation_shows_what_bends(known: bool) -> None:
     terms = [flat.term(c) for c in choices]
     moved = total(terms, [normal(*t.shape, seed=3) for t in terms])[..., SHIFT]
     geometry = TiltGeometry.of(alignment_of(f.before.file), f.before.file.tilts.use)
+    geometry = replace(geometry, magnification=1.2 * geometry.magnification)
     field = (EXTENT[0] + 300.0, EXTENT[1] + 300.0)
     places = geometry.project(flat.xyz)[0]
     expected = geometry.magnification[:, None] * moved

@@ -232,6 +232,36 @@ def test_another_kind_in_the_images() -> None:
     assert other.abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("box", [24, 25])
+def test_a_particle_is_drawn_as_its_images_show_it(box: int) -> None:
+    """In its own box, 100 Å and more from the middle of its patches, with all corrections: against the conventions written out in
+    double precision, moved to the nearest pixel; 1e-4 of the largest, for single precision."""
+    density = unit_map(box)
+    p = empty(scattered(4, box, tilts=TILTS))
+    g = torch.Generator().manual_seed(2)
+    p = p.moved(p.rotation, p.xyz + 150 * torch.randn(4, 3, generator=g).double(), p.score).corrected(
+        shift=3 * torch.randn(4, TILTS, 2, generator=g).double(),
+        turn=3 * torch.randn(4, TILTS, 3, generator=g).double(),
+        defocus=300 * torch.randn(4, TILTS, generator=g).double(),
+    )
+    contrast, scale = 0.5 + torch.rand(4, TILTS, generator=g).double(), torch.linspace(1, 2, TILTS).double()
+    m = member(p, density, 10.0)
+    brush = neighbours._Brush.of(m, contrast, False, box, scale)
+    t = p.file.tilts
+    matrices = torch.tensor(np.stack([tilt_matrix(*a) for a in zip(t.axis, t.tilt, t.xtilt, strict=True)]))
+    q = torch.einsum("tij,nj->nti", matrices, p.xyz - p.centre)[..., :2] + p.corrections.shift
+    moved = q * torch.tensor(t.magnification, dtype=torch.float64)[:, None] / PIXEL
+    place = position(p, False) + moved
+    band = Band.of(box, box * PIXEL / 10.0)
+    nearest = torch.floor(place + 0.5)
+    values = predicted(p, density, band) * slices.shift_phases(place - nearest - moved, band, torch.float64)
+    expected = slices.images_from_band(values, band) * (contrast * scale)[..., None, None]
+    for tilt in range(TILTS):
+        images, at = brush.patches(torch.arange(4), tilt, 1)
+        assert torch.equal(at, nearest[:, tilt].long())
+        assert (images - expected[:, tilt]).abs().max() < 1e-4 * expected.abs().max()
+
+
 def test_pasting_over_edges() -> None:
     """Patches over each corner, far outside, and inside, added pixel by pixel where they lie on the canvas; and taken off."""
     rng = np.random.default_rng(0)
