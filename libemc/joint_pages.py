@@ -17,7 +17,7 @@ from libemc.methods.joint.levels import MOTION, Choice, Level
 from libemc.methods.reconstruct import bin_image
 from libemc.methods.subtilts import Particles, TiltGeometry
 from libemc.methods.tiltseries_refine.change import Change
-from libemc.records import Alignment, TiltSeriesRecord, need
+from libemc.records import TiltSeriesRecord, need
 
 DRAWN = 6
 """Tilt series of which pictures are on the page."""
@@ -122,8 +122,7 @@ def _draw_series(
 
     name, change = record.name, Change.from_table(told["change"])
     alignment = need(record, "alignment")
-    now = change.matrices(TiltGeometry.of(alignment, record.tilts.use).matrices)
-    changes = _changes(alignment, now, change)
+    changes = _changes(TiltGeometry.of(alignment, record.tilts.use).matrices, change)
     if changes:
         file = picture(f"{name}_geometry.png", f"{name}: geometry", "What has changed of each tilt, with errors.")
         view.geometry_plot(file, np.array(alignment.tilt), changes)
@@ -142,19 +141,15 @@ def _draw_series(
     view.tracks_plot(file, small, record.source.pixel_size * binning, view.Tracks(position, moved, order), name)
 
 
-def _changes(old: Alignment, matrices: torch.Tensor, change: Change) -> dict[str, Any]:
-    """Those that there are: value and error of each tilt."""
-    from libemc.numerics.rotations import tilt_angles_from_matrix
-
+def _changes(matrices: torch.Tensor, change: Change) -> dict[str, Any]:
+    """Those that there are, from the matrices before: value and error of each tilt."""
     out: dict[str, Any] = {}
     if change.shift.any():
         for k, axis in enumerate("xy"):
             out[f"shift_{axis}"] = (change.shift[:, k].numpy(), change.shift_error[:, k].numpy())
     if change.turn.any():
-        angles = (old.axis, old.tilt, old.xtilt)
-        for name, new, was in zip(("axis", "tilt", "xtilt"), tilt_angles_from_matrix(matrices), angles, strict=True):
-            difference = (new.numpy() - np.array(was) + 180) % 360 - 180
-            out[name] = (difference, None)
+        for name, moved, error in zip(("axis", "tilt", "xtilt"), *change.angles(matrices), strict=True):
+            out[name] = (moved.numpy(), error.numpy())
     if (change.magnification != 1).any():
         out["magnification"] = (100 * (change.magnification.numpy() - 1), None)
     if change.defocus.any():

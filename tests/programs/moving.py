@@ -1,6 +1,6 @@
 """A small simulated project for the tests of emc_subtilt and emc_tomocpr: specimens that move, records that are wrong.
 
-Two tilt series of 17 images at 8 Å/px with 16 particles each, neighbours of which move together. The records have the nominal
+Two tilt series of 15 images at 8 Å/px with 16 particles each, neighbours of which move together. The records have the nominal
 angles, and shifts and defoci with an error in each tilt; picks are a little off the truth. What programs make of it is compared
 with the truth here, in numpy and by the formulas of info/conventions.md: nothing of libemc is used for that.
 """
@@ -23,9 +23,9 @@ from scipy.interpolate import CubicSpline
 
 from tests.by_hand import pose, shell_correlation, tilt_matrix
 
-PIXEL, BOX, PARTICLES, TILTS = 8.0, 32, 16, 17
+PIXEL, BOX, PARTICLES, TILTS = 8.0, 32, 16, 15
 NAMES = ("TS_01", "TS_02")
-SHIFT, DEFOCUS, ANGLE = 3.5, 1500.0, 0.3
+SHIFT, DEFOCUS, ANGLE = 3.5, 2500.0, 0.6
 """Å, Å and degrees rms by which a record's shifts (along each axis), its defocus and its tilt angles are off."""
 PICK, TURN = 3.0, 2.0
 """Å and degrees rms, along and about each axis, by which picks are off."""
@@ -88,7 +88,7 @@ def simulated(folder: Path, right: bool = False) -> None:
         Path("raw").mkdir()
         for number, name in enumerate(NAMES):
             words = (
-                f"raw/{name} --size 170 176 --pixel-size {PIXEL} --box {BOX} --count {PARTICLES} --tilt-range -48 48 6 "
+                f"raw/{name} --size 170 176 --pixel-size {PIXEL} --box {BOX} --count {PARTICLES} --tilt-range -49 49 7 "
                 f"--thickness 500 --strength 1.5 --motion {motion} --motion-range 400 --tilt-error {angle} "
                 f"--defocus {22000 + 9000 * number} --seed {number + (401 if right else 1)} --map-out raw/true.mrc --overwrite"
             )

@@ -95,13 +95,13 @@ def chosen(run: str) -> dict[str, dict[str, Any]]:
 
 
 def test_images_are_found(here: Path) -> None:
-    """Images lie less than half as far from the truth as after emc_refine, and two thirds of the defocus' error are left.
+    """Images lie less than half as far from the truth as after emc_refine, and a quarter of the defocus' error is gone.
 
-    What can be left is as in test_emc_subtilt.
+    What is left is as in test_emc_subtilt, but both halves go together here.
     """
     old, new = off("spt_00"), off("cpr_00")
-    assert old[0] > 1.5 and old[1] > 1200
-    assert new[0] < 0.45 * old[0] and new[1] < 0.67 * old[1]
+    assert old[0] > 1.5 and old[1] > 0.7 * DEFOCUS
+    assert new[0] < 0.5 * old[0] and new[1] < 0.75 * old[1]
     assert likeness("cpr_00") > likeness("spt_00") + 0.02
     start, found = read("cpr_00/run.json")["state"]["start"]["spt_00"], read("cpr_00/fsc.json")
     assert found["resolution"] <= start["resolution"] < 17
@@ -130,7 +130,7 @@ def test_what_is_written(here: Path) -> None:
             np.testing.assert_allclose(q["defocus"], mean - geometry[:, 2] @ q["centre"], atol=0.01)
     run = read("cpr_00/run.json")
     state, kept = run["state"], chosen("cpr_00")
-    assert {"shift of tilts", "motion along the exposure", "defocus of tilts"} <= set(kept)
+    assert {"shift of tilts", "motion along the exposure", "angles of tilts", "defocus of tilts"} <= set(kept)
     assert all(t["gain"] > 2 * t["error"] for t in kept.values())
     assert {"astigmatism", "magnification of tilts"}.isdisjoint(kept)  # there is none of it to be found
     assert abs(state["hand"]["gain"]) < 1e4 and state["hand"]["gain"] < 0  # the hand is right
@@ -145,7 +145,7 @@ def test_what_is_written(here: Path) -> None:
     assert lines[0].startswith("iteration 1: shift of tilts ") and lines[1] == f"cpr_00: {found:.2f} Å at FSC 0.143"
     for name, line in zip(NAMES, lines[2:], strict=True):
         shift = rms([np.array(state["iterations"][0]["series"][name]["change"]["shift"])])
-        assert line.startswith(f"{name}: shift {shift:.3g} Å, ") and 0.6 * SHIFT < shift < 1.4 * SHIFT
+        assert line.startswith(f"{name}: shift {shift:.3g} Å, turn ") and 0.4 * SHIFT < shift < 1.4 * SHIFT
     page = Path("cpr_00/index.html").read_text()
     assert "shift of tilts" in page and all(f"{name}_geometry.png" in page for name in NAMES)
 
@@ -170,9 +170,9 @@ def test_records(here: Path, refined: Path, moved: Path, capsys: pytest.CaptureF
         error = np.array(new["ctf"]["error"])
         assert (error > 100).all() and (error < DEFOCUS).all()
     first, last = (rms([w[k] for w in wrong_defocus]) for k in (0, 1))
-    assert first > 1200 and last < 0.67 * first
+    assert first > 0.7 * DEFOCUS and last < 0.75 * first
     first, last = (rms([w[k] for w in wrong_angle]) for k in (0, 1))
-    assert 0.7 * ANGLE < first < 1.3 * ANGLE and last < first
+    assert 0.7 * ANGLE < first < 1.3 * ANGLE and last < 0.7 * first
     assert program("emc_tomocpr", "spt_00") == 2  # its particles have the old alignment
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "info/TS_01_info.json: has another" in err and "--no-record" in err
@@ -231,24 +231,28 @@ def test_other_programs_go_on_from_it(here: Path) -> None:
     assert np.corrcoef(again.ravel(), own.ravel())[0, 1] > 0.999
     more = ("--reference", "ref.mrc", "--startres", 30, "--local", "--iterations", 1, "--path", "spt_01")
     lines_of("emc_refine", "cpr_00", *more)
-    assert off("spt_01")[0] < off("cpr_00")[0] + 0.02
+    assert off("spt_01")[0] < off("cpr_00")[0] + 0.1  # its only iteration knows data to 30 Å
     for name in NAMES:
         old, new = (read(f"{run}/particles/{name}.json")["particles"] for run in ("cpr_00", "spt_01"))
         assert [p["subtilt"] for p in old] == [p["subtilt"] for p in new]
 
 
 def test_once_more(here: Path, undrawn: None) -> None:
-    """From its own end there is next to nothing left: a sixth of the first time's move, and the geometry stays."""
+    """From its own end there is little left: a quarter of the first time's move, and the geometry stays, as good as it was."""
+    lines_of("emc_extract", "--all", "--label", "ribo", "--set", "first", "--box", BOX)
     lines_of("emc_tomocpr", "cpr_00", "--iterations", 1)
+    lines_of("emc_extract", "--all", "--label", "ribo", "--set", "second", "--box", BOX)
+    old, new = (rms([i.off_centre for i in images(f"particles/{name}")]) for name in ("first", "second"))
+    assert new < old + 0.05
     first, second = (read(f"{run}/run.json")["state"]["iterations"][0] for run in ("cpr_00", "cpr_01"))
-    assert second["moved"] < first["moved"] / 6
+    assert second["moved"] < first["moved"] / 3
     for name in NAMES:
         changes = [np.array(i["series"][name]["change"]["shift"]) for i in (first, second)]
-        assert rms([changes[1]]) < rms([changes[0]]) / 6
+        assert rms([changes[1]]) < rms([changes[0]]) / 4
         replaced = info(name)["replaced"]
         assert [r["run"] for r in replaced] == ["cpr_00", "cpr_01"]
         assert np.abs(np.subtract(replaced[1]["alignment"]["tilt"], info(name)["alignment"]["tilt"])).max() < 0.1
-    assert off("cpr_01")[0] < off("cpr_00")[0] + 0.03
+    assert off("cpr_01")[0] < off("cpr_00")[0] + 0.1
 
 
 def test_export(here: Path) -> None:

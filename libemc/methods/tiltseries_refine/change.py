@@ -100,6 +100,17 @@ class Change:
         """(T, 3, 3) specimen to image, of the old ones."""
         return matrix_from_rotvec(self.turn) @ old
 
+    def angles(self, old: Tensor) -> tuple[Tensor, Tensor]:
+        """(3, T) degrees by which axis, tilt and off-axis tilt change from the matrices (T, 3, 3) before, and their errors."""
+        now = self.matrices(old)
+
+        def between(a: Tensor, b: Tensor) -> Tensor:
+            x, y = (torch.stack(tilt_angles_from_matrix(m)) for m in (a, b))
+            return (y - x + 180) % 360 - 180
+
+        moved = [between(now, matrix_from_rotvec(self.turn_error * axis) @ now) for axis in torch.eye(3).double()]
+        return between(old, now), torch.stack(moved).norm(dim=0)
+
 
 def _floats(values: Tensor) -> tuple[float, ...]:
     return tuple(values.tolist())

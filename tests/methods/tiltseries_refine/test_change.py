@@ -19,6 +19,7 @@ from libemc.methods.joint.levels import Choice, Scene
 from libemc.methods.joint.terms import total
 from libemc.methods.subtilts import Field, Particles, TiltGeometry, load_batch
 from libemc.methods.tiltseries_refine.change import Bending, Change, aligned, deformation_of, focused, settled
+from libemc.numerics.rotations import tilt_matrices
 from libemc.numerics.slices import Band
 from libemc.records import Alignment, Ctf, Deformation, ParticleFile, RawImages
 from tests.methods.joint.joint_data import EXTENT, empty, member, scattered
@@ -379,3 +380,17 @@ def test_points_at_their_height() -> None:
 def test_raw_images_say_how_patches_were_cut() -> None:
     file = with_raw(scattered(3, BOX, tilts=TILTS), 0)
     assert isinstance(file.raw, RawImages) and any(file.raw.shift_x)
+
+
+def test_angles_change_by_the_turn_and_its_error() -> None:
+    """Of an untilted image a turn about z is one of the axis, about the axis' own direction one of the tilt; errors likewise,
+    to first order (0.1° of 0.1 rad)."""
+    tilts = 5
+    matrices = tilt_matrices(torch.full((tilts,), 90.0), torch.zeros(tilts), torch.zeros(tilts))
+    turn = torch.zeros(tilts, 3, dtype=torch.float64)
+    turn[0, 2], turn[1, 0] = 0.1, 0.1  # with the axis at 90° the tilt axis lies along -x
+    change = replace(Change.none(tilts), turn=turn, turn_error=torch.full((tilts, 3), 0.01, dtype=torch.float64))
+    moved, error = change.angles(matrices)
+    torch.testing.assert_close(moved[:, 0], torch.tensor([0.1, 0.0, 0.0], dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(moved[:, 1], torch.tensor([0.0, -0.1, 0.0], dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(error, torch.full((3, tilts), 0.01, dtype=torch.float64), rtol=1e-3, atol=0)
