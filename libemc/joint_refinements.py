@@ -203,11 +203,11 @@ def averaged(kind: Kind, run: Run) -> Kind:
     return replace(kind, maps=maps, outcome=average.finish(maps, kind.mask, kind.head.pixel_size, run.seed))
 
 
-def check_geometries(kinds: Sequence[Kind]) -> None:
-    """Check that all kinds in a tilt series were cut out with one geometry.
+def check_kinds(kinds: Sequence[Kind]) -> None:
+    """Check that all kinds in a tilt series were cut out with one geometry, and that none has particles of another.
 
     Raises:
-        InputError: they weren't.
+        InputError: they weren't, or one has.
     """
     for name in sorted({name for k in kinds for name in k.series}):
         first, *others = [k for k in kinds if name in k.series]
@@ -217,6 +217,13 @@ def check_geometries(kinds: Sequence[Kind]) -> None:
             if own.shape != matrices.shape or bool((own - matrices).abs().max() >= 1e-6):
                 what = f"has another geometry of {name} than {first.run}"
                 raise InputError(what, k.run, "refine both from sets that were extracted with one alignment")
+    places: dict[tuple[object, ...], str] = {}
+    for k in kinds:
+        for particle in (p for series in k.series.values() for p in series.file.particles if p.use):
+            same = (particle.id, particle.centre)  # sets of different picks number their particles alike
+            if same in places:
+                raise InputError(f"has {particle.id}, as {places[same]} has", k.run, "give runs of different particles")
+            places[same] = k.run
 
 
 def members_of(kinds: Sequence[Kind], name: str) -> tuple[list[Kind], list[Member]]:
@@ -401,8 +408,10 @@ def choices_of(trials: Sequence[Mapping[str, Any]], levels: Sequence[Level]) -> 
 def line_of(number: int, iteration: Mapping[str, Any]) -> str:
     """One iteration in a line."""
     on = ", ".join(f"{t['level']} {t['strength']:g}" for t in iteration["trials"] if t["kept"]) or "nothing to correct"
+    named = len(iteration["kinds"]) > 1
     maps = "; ".join(
-        f"{k['resolution']:.2f} Å at FSC 0.143 (before {k['before']:.2f})" for k in iteration["kinds"].values()
+        f"{name + ' ' if named else ''}{k['resolution']:.2f} Å at FSC 0.143 (before {k['before']:.2f})"
+        for name, k in iteration["kinds"].items()
     )
     kept = "" if iteration["kept"] else "; no better, what was before is kept"
     moved = f"images moved {iteration['moved']:.2f} Å (median), {iteration['left_out']} left out"

@@ -183,6 +183,15 @@ def lines(name: str, report: Mapping[str, Any]) -> str:
     return f"{name}: {', '.join(words) or 'no change of the geometry'} (rms over tilts and axes)"
 
 
+def optics_lines(state: Mapping[str, Any]) -> list[str]:
+    """What a run has found of the microscope, a line for each thing that it has changed."""
+    told = state.get("beam_tilt")
+    if not (told and told["kept"]):
+        return []
+    x, y = (f"{v:.2f} ± {e:.2f}" for v, e in zip(told["tilt"], told["error"], strict=True))
+    return [f"beam tilt: {x} and {y} mrad along x and y, beside what there was"]
+
+
 def settle(begun: Begun, kinds: Sequence[Kind], filter: str, run: Run, save: Any) -> list[Kind]:
     """The particles in the changed geometry, written where they are; no image moves by it. What sharpens them anew, astigmatism
     and beam tilt, makes new maps.

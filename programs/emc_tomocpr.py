@@ -72,7 +72,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
         raise InputError("are for one kind of particle", "--mask, --symmetry", "leave them out: each run has its own")
     inputs = [*map(run.particles, args.runs), *map(run.input, filter(None, [args.mask]))]
     kinds = [joint_refinements.open_kind(name, args.mask, args.symmetry) for name in args.runs]
-    joint_refinements.check_geometries(kinds)
+    joint_refinements.check_kinds(kinds)
     before = tiltseries_updates.current(kinds, not args.no_record, args.path if run.resume else None)
     wanted = tuple(level for level in ORDER if any(level in FITS[name] for name in args.refine))
     plan = joint_refinements.Plan(
@@ -106,6 +106,8 @@ def main(args: argparse.Namespace, run: Run) -> None:
         run.result(f"{title} at FSC 0.143")
     for name, report in sorted(tiltseries_updates.reports(begun.state).items()):
         run.result(tiltseries_updates.lines(name, report))
+    for line in tiltseries_updates.optics_lines(begun.state):
+        run.result(line)
 
 
 program = Program(

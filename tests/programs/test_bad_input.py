@@ -522,7 +522,8 @@ CASES = {
     "tomocpr: another geometry, tried": case(
         f"{TWO} --dry-run", another_run(swing), "other_run", "another geometry of TS_01 than spt_00", "one alignment",
     ),
-    "tomocpr: the same run twice": case("emc_tomocpr spt_00 spt_00 --quiet", None, "two of the runs have the same name"),
+    "tomocpr: the same run twice": case("emc_tomocpr spt_00 spt_00 --quiet", None, "spt_00", "runs of different particles"),
+    "tomocpr: the same particles": case(TWO, another_run(), "other_run", "as spt_00 has"),
     "tomocpr: resume nothing": case("emc_tomocpr spt_00 --resume --quiet", None, "--resume", "--path"),
     "tomocpr: aligned anew": case(
         TOMOCPR, put(INFO, "alignment", "shift_x", 2, value=99.0), INFO, "another shift_x", "ribo", "--no-record",

@@ -180,13 +180,18 @@ def differences(found: dict[str, list[tuple[str, argparse.Action]]]) -> list[str
     return lines
 
 
+TWO_MEANINGS = {"--refine"}
+"""Fixed for two programs before they were there: emc_tomogram's says to improve an alignment, emc_tomocpr's what of a series."""
+
+
 def test_an_option_means_the_same_everywhere() -> None:
     found: dict[str, list[tuple[str, argparse.Action]]] = defaultdict(list)
     for name in NAMES:
         for action in actions(name):
             for option in action.option_strings:
                 found[option].append((name, action))
-    assert not differences(found)
+    assert not differences({option: uses for option, uses in found.items() if option not in TWO_MEANINGS})
+    assert all(len(found[option]) == 2 for option in TWO_MEANINGS)
 
 
 def test_the_walk_sees_what_it_should() -> None:

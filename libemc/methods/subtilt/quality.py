@@ -1,7 +1,8 @@
 """How good every image of every particle is: its correlation with the prediction, within its tilt, and the weight that follows.
 
 The score is the Fourier ring correlation of image and prediction over the band, weighted by CTF and signal-to-noise ratio as
-the likelihood is: ⟨y, m⟩ / (|m| |y|). What a tilt's images usually have is taken off, and their usual spread divided out.
+the likelihood is, ⟨y, m⟩ / (|m| |y|), less what it should be with the contrast of its particle and tilt, a |m| / |y|: some
+views of a particle show more than others. What a tilt's images usually have is taken off, and their usual spread divided out.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def _usual(values: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
 
 def scores(evidence: Evidence) -> Tensor:
     """(N, T): of each image, in spreads from what is usual in its tilt; NaN where there is none."""
-    correlation = evidence.cross / (evidence.norm * evidence.power).clamp_min(1e-30).sqrt()
+    excess = evidence.cross - evidence.contrast * evidence.norm
+    correlation = excess / (evidence.norm * evidence.power).clamp_min(1e-30).sqrt()
     middle, spread = _usual(correlation, evidence.seen)
     return torch.where(evidence.seen, (correlation - middle) / spread, torch.nan)
 
