@@ -91,8 +91,8 @@ def test_numbers_of_the_table_are_those_of_the_files(quick: tuple[Path, str]) ->
     truths = {"demo_01": folder / "raw/demo_01_truth.json"}
     claimed = json.loads((folder / "fsc/fsc.json").read_text())["resolution"]
     true_map = folder / "raw/demo_01_map.mrc"
-    like = comparison.overlaid(folder / "spt_00", true_map, folder / "mask.mrc", claimed)
-    errors = comparison.pose_errors("spt_00", truths, 60.0, like, folder)
+    like = comparison.overlaid(folder / "sub_00", true_map, folder / "mask.mrc", claimed)
+    errors = comparison.pose_errors("sub_00", truths, 60.0, like, folder)
     assert f"{errors.distance.median():.1f} Å" == row(text, "refined positions")[-1]
     record = records.load_tiltseries("demo_01", folder)
     found = TiltGeometry.of(records.need(record, "alignment"), record.tilts.use)
