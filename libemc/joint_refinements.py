@@ -476,7 +476,7 @@ def refine(
             "moved": float(np.mean([r["moved"] for r in reports])),
             "left_out": sum(r["left_out"] for r in reports),
             "kinds": {k.run: _figures(k) | {"before": b.made.resolution} for k, b in zip(done, kinds, strict=True)},
-            "kept": better > -WORSE,
+            "kept": better > -WORSE or plan.keep is not None,  # who wants images left out gets that
             "last": better < WORTH,
         })  # fmt: skip
         del state["now"]
