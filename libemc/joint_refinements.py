@@ -497,5 +497,10 @@ def _figures(kind: Kind) -> dict[str, Any]:
 
 
 def _better(before: Sequence[Kind], after: Sequence[Kind]) -> float:
-    """Relative gain in resolution, of the kind that gains least."""
-    return min(1 - a.made.resolution / b.made.resolution for a, b in zip(after, before, strict=True))
+    """Relative gain in the sum of the FSC over its shells, of the kind that gains least: a resolution without the accident of
+    where a curve with the gaps of few defoci first falls below a threshold."""
+
+    def shells(kind: Kind) -> float:
+        return float(average.for_filters(kind.made.corrected).sum())
+
+    return min(shells(a) / shells(b) - 1 for a, b in zip(after, before, strict=True))
