@@ -31,7 +31,7 @@ class Finish:
     Attributes:
         directions, local: the resolution by direction, by place.
         filter: by the FSC of all directions (spherical), of each (anisotropic), of each place (local), or None.
-        b_factor: Å², negative sharpens; "auto" for a fit.
+        b_factors: Å², negative sharpens; "auto" for a fit; a finished map for each.
         structure_factor: a map or a table whose radial power the map gets.
         mtf: a table of the detector's MTF, or None.
         mtf_pixel_size: Å, of the images for which that table holds; None: the map's.
@@ -40,7 +40,7 @@ class Finish:
     directions: bool = False
     local: bool = False
     filter: str | None = None
-    b_factor: float | str | None = None
+    b_factors: tuple[float | str, ...] = ()
     structure_factor: Path | None = None
     mtf: Path | None = None
     mtf_pixel_size: float | None = None
@@ -48,7 +48,7 @@ class Finish:
     @property
     def sharpens(self) -> bool:
         """Whether the map's amplitudes are changed beyond its filter."""
-        return any(v is not None for v in (self.b_factor, self.structure_factor, self.mtf))
+        return bool(self.b_factors) or self.structure_factor is not None or self.mtf is not None
 
     @property
     def wanted(self) -> bool:
@@ -57,15 +57,23 @@ class Finish:
 
     def check(self) -> None:
         """Raise InputError where two of them contradict each other."""
-        if self.b_factor is not None and self.structure_factor:
+        if self.b_factors and self.structure_factor:
             raise InputError("both give the map its contrast", "--bfactor, --structure-factor", "give one of them")
+
+    def maps(self) -> dict[str, float | str | None]:
+        """Names of the finished maps, with the B factor of each: filtered.mrc, or several as filtered_b-50.mrc."""
+        if len(self.b_factors) > 1:
+            words = ("auto" if b == "auto" else f"b{b}".removesuffix(".0") for b in self.b_factors)
+            return {f"filtered_{word}.mrc": b for word, b in zip(words, self.b_factors, strict=True)}
+        wanted = self.filter is not None or self.sharpens
+        return {"filtered.mrc": next(iter(self.b_factors), None)} if wanted else {}
 
     def files(self) -> list[str]:
         """Names of what will be written for it."""
         names = ["fsc_3d.mrc", "directions.txt", "directions.png"] * (self.directions or self.filter == "anisotropic")
         names += ["local_resolution.mrc", "local_resolution.png"] * (self.local or self.filter == "local")
-        names += ["guinier.png"] * (self.b_factor == "auto")
-        return names + ["filtered.mrc"] * bool(self.filter or self.sharpens)
+        names += ["guinier.png"] * ("auto" in self.b_factors)
+        return [*names, *self.maps()]
 
 
 def curve_line(found: Resolution) -> str:
@@ -112,6 +120,8 @@ def finish(
 ) -> tuple[dict[str, Any], list[str]]:
     """Do what is asked for beyond the curves, and write it.
 
+    Every finished map is one map of both halves, weighted by their FSC (C_ref², see `methods.sharpen`), times its gain.
+
     Args:
         half1, half2: (n, n, n), unmasked.
         mask: (n, n, n) in 0 ... 1.
@@ -129,10 +139,12 @@ def finish(
     """
     table: dict[str, Any] = {}
     phrases: list[str] = []
-    gain, more = _sharpening(0.5 * (half1 + half2), mask, found, wanted, files)
+    gains, more = _sharpening(0.5 * (half1 + half2), mask, found, wanted, files)
     table |= more
     if "b_factor" in more:
         phrases.append(f"B factor {more['b_factor']:.0f} Å²")
+    if "b_factors" in more:
+        phrases.append(f"B factors {', '.join(f'{b:.0f}' for b in more['b_factors'].values())} Å²")
     directions = local = None
     if "directions.png" in files:
         generator = torch.Generator().manual_seed(seed)
@@ -147,12 +159,13 @@ def finish(
         _write_local(local, 0.5 * (half1 + half2), files)
         table["local"] = {"window": local.window * found.pixel_size, **local.quantiles()}
         phrases.append(f"local {table['local']['best_tenth']:.2f} to {table['local']['worst_tenth']:.2f} Å")
-    if "filtered.mrc" in files:
+    if gains:
         if average is not None and wanted.filter is None:
             mean = average
         else:
             mean = _filtered(0.5 * (half1 + half2), mask, found, wanted.filter, directions, local)
-        mrc.write_volume(files["filtered.mrc"], sharpen.apply_radial(mean, gain).float().numpy(), found.pixel_size)
+        for name, gain in gains.items():
+            mrc.write_volume(files[name], sharpen.apply_radial(mean, gain).float().numpy(), found.pixel_size)
     return table, phrases
 
 
@@ -183,8 +196,8 @@ def _filtered(
 
 def _sharpening(
     mean: Tensor, mask: Tensor | None, found: Resolution, wanted: Finish, files: Paths
-) -> tuple[Tensor, dict[str, Any]]:
-    """Gain of each shell (n//2+1,), and what there is to say about it."""
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Gain of each shell (n//2+1,) of each finished map, by its name, and what there is to say about them."""
     frequency = torch.tensor(found.frequency, dtype=torch.float64)
     gain = torch.ones_like(frequency)
     more: dict[str, Any] = {}
@@ -199,19 +212,24 @@ def _sharpening(
         source = wanted.structure_factor
         gain = gain * _about(source, lambda: sharpen.structure_factor_gain(power, frequency, aim, aim_at))
         more["structure_factor"] = str(source)
-    if wanted.b_factor == "auto":
+    known = {b: float(b) for b in wanted.b_factors if b != "auto"}
+    if "auto" in wanted.b_factors:
         fit = sharpen.guinier_fit(power, fsc, found.pixel_size, mean.shape[-1], found.value)
         title = f"B factor {fit.b_factor:.0f} ± {fit.error:.0f} Å²"
         resolution.guinier_plot(
             files["guinier.png"], fit.squared_frequency, fit.log_amplitude, fit.b_factor / 4, fit.intercept,
             (fit.coarse, fit.fine), title,
         )  # fmt: skip
-        more |= {"b_factor": fit.b_factor, "b_factor_error": fit.error}
-    elif wanted.b_factor is not None:
-        more["b_factor"] = float(wanted.b_factor)
-    if "b_factor" in more:
-        gain = gain * sharpen.b_factor_gain(more["b_factor"], frequency)
-    return gain, more
+        known["auto"], more["b_factor_error"] = fit.b_factor, fit.error
+    if len(known) > 1:
+        more["b_factors"] = {files[name].name: known[b] for name, b in wanted.maps().items() if b is not None}
+    elif known:
+        (more["b_factor"],) = known.values()
+    gains = {
+        name: gain if b is None else gain * sharpen.b_factor_gain(known[b], frequency)
+        for name, b in wanted.maps().items()
+    }
+    return gains, more
 
 
 def _about(path: Path, work: Callable[[], Tensor]) -> Tensor:

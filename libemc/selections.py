@@ -87,7 +87,7 @@ class Sets:
         """The particles that fulfil criteria, and a line about each tilt series.
 
         Raises:
-            InputError: no particle does, or as `select.select`.
+            InputError: no particle does, none is in the classes to leave out, or as `select.select`.
         """
         chosen, lines, left = {}, {}, Remaining()
         for name, sets in self.series.items():
@@ -100,7 +100,14 @@ class Sets:
             more = "".join(f", {count} {what}" for count, what in notes if count)
             lines[name] = f"{name}: {given} particles{more}, {len(index)} kept"
         left.need_some("particle", " ".join(self.heads))
+        if criteria.drop_class and not np.isin(criteria.drop_class, self.classes()).any():
+            asked, there = (", ".join(map(str, numbers)) for numbers in (criteria.drop_class, self.classes()))
+            raise InputError(f"no particle is in class {asked}", "--drop-class", f"the classes are {there}")
         return chosen, lines
+
+    def classes(self) -> list[int]:
+        """The classes that particles are in, used or not."""
+        return sorted({p.class_ for sets in self.series.values() for one in sets.values() for p in one.file.particles})
 
     def sources(self, name: str, joined: Joined) -> list[Particles]:
         """A tilt series in each of the sets that some of its joined particles come from."""

@@ -4,13 +4,15 @@
 Writes average.mrc, half1.mrc, half2.mrc (unfiltered), mask.mrc, fsc.json and pictures into a numbered folder. The
 average is filtered by the signal-to-noise ratio of its shells and by how often each frequency was seen. --filter makes
 filtered.mrc beside it, of the half maps and their FSC alone, as emc_fsc does. --bfactor or --structure-factor makes
-sharpened.mrc, of the average or of the filtered map.
+sharpened.mrc, of the average or of the filtered map; several B factors, -50,-100,auto, give a map each, sharpened_b-50.mrc,
+sharpened_b-100.mrc, sharpened_auto.mrc. Each is of both halves, weighted by their FSC.
 
     emc_average ribo                         # avg_00/average.mrc
     emc_average spt_00 --symmetry c7         # the particles of a refinement, with its weights, symmetrised
     emc_average spt_00 --weights none        # those that it rejected too, all the same
     emc_average ribo --mask mask.mrc --class 1 --path avg_class1
     emc_average spt_00 --mask mask.mrc --bfactor auto
+    emc_average spt_00 --mask mask.mrc --bfactor -50,-100,auto     # three maps
     emc_average spt_00 --mask mask.mrc --filter local --structure-factor model.mrc
 """
 
@@ -41,7 +43,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, run: Run) -> None:
     """Check, insert all images, write the maps."""
-    wanted = resolutions.Finish(filter=args.filter, b_factor=args.bfactor, structure_factor=args.structure_factor)
+    wanted = resolutions.Finish(
+        filter=args.filter, b_factors=args.bfactor or (), structure_factor=args.structure_factor
+    )
     wanted.check()
     files = [path for path in (args.mask, args.structure_factor) if path]
     inputs = [run.particles(args.set_or_run), *map(run.input, files)]
@@ -52,7 +56,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
     mask = project.mask_or_sphere(args.mask, head.box, head.pixel_size)
     project.need_halves(series, args.set_or_run)
     count = sum(int(p.use.sum()) for p in series)
-    if run.plan(f"average {count} particles in a box of {head.box}", disk=5 * 4 * head.box**3):
+    if run.plan(f"average {count} particles in a box of {head.box}", disk=(4 + len(wanted.maps())) * 4 * head.box**3):
         return
     given = {name: getattr(args, name) for name in ("weights", "mask", "filter", "bfactor", "structure_factor")}
     options_used = {"set_or_run": str(args.set_or_run), "symmetry": symmetry, "class": args.class_numbers}
@@ -60,10 +64,8 @@ def main(args: argparse.Namespace, run: Run) -> None:
     folder = args.path or records.next_run_directory("avg")
     record = run.output(folder / "run.json")
     outputs = {name: run.output(folder / name) for name in project.AVERAGE_FILES}
-    finished = {name: folder / name for name in wanted.files()}
-    if wanted.sharpens:
-        finished["filtered.mrc"] = folder / "sharpened.mrc"
-    finished = {name: run.output(path) for name, path in finished.items()}
+    kind = "sharpened" if wanted.sharpens else "filtered"
+    finished = {name: run.output(folder / name.replace("filtered", kind)) for name in wanted.files()}
     project.save_run(record, run.name, options_used, run.seed, {}, inputs, stopped_at="average")
     maps = average.half_maps(series, run.memory, symmetry, progress=run.progress)
     done = average.finish(maps, mask, head.pixel_size, run.seed)

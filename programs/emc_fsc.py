@@ -9,7 +9,8 @@ by phase randomisation too (Chen et al. 2013), and that is the one to report. --
 Of half maps: --directions finds the FSC within cones (directions.png and .txt, and fsc_3d.mrc on the Fourier grid),
 --local-resolution that of each place (local_resolution.mrc and .png). --filter makes filtered.mrc of both halves: each
 frequency by the signal's share of the power, from the FSC of all directions, of each direction (anisotropic) or of each
-place (local). It may be sharpened: --bfactor auto fits the fall of the amplitudes from 10 Å to the resolution.
+place (local). It may be sharpened: --bfactor auto fits the fall of the amplitudes from 10 Å to the resolution. Several
+B factors, -50,-100,auto, give a map each: filtered_b-50.mrc, filtered_b-100.mrc, filtered_auto.mrc.
 
     emc_fsc half1.mrc half2.mrc                                   # unmasked
     emc_fsc half1.mrc half2.mrc --mask mask.mrc --output post     # masked, and corrected for the mask
@@ -71,7 +72,7 @@ def finish(args: argparse.Namespace) -> resolutions.Finish:
         args.directions,
         args.local_resolution,
         args.filter,
-        args.bfactor,
+        args.bfactor or (),
         args.structure_factor,
         args.mtf_file,
         args.mtf_pixel_size,

@@ -133,16 +133,17 @@ def described(record: records.Record) -> Iterator[str]:
     yield f"{'history':<24} {len(record.history)} runs of programs"
 
 
-def brief(value: Any) -> str:
-    """A value in one line."""
+def brief(value: Any, listed: bool = False) -> str:
+    """A value in one line; tables within the entries of a list (`listed`) are only counted."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {brief(entry)}" for key, entry in value.items()) or "none"
+        short = {k: f"{len(v)} values" if listed and isinstance(v, dict) and v else brief(v) for k, v in value.items()}
+        return ", ".join(f"{key} {text}" for key, text in short.items()) or "none"
     if not isinstance(value, (tuple, list)):
         return "-" if value is None else str(value)
     if value and all(isinstance(entry, bool) for entry in value):
         return f"{sum(value)} of {len(value)}"
     if len(value) <= SHORT and not any(isinstance(entry, dict) and len(entry) > SHORT for entry in value):
-        return "; ".join(map(brief, value)) or "none"
+        return "; ".join(brief(entry, listed=True) for entry in value) or "none"
     numbers = [entry for entry in value if isinstance(entry, (int, float))]
     spread = f", {min(numbers):.10g} to {max(numbers):.10g}" if numbers else ""
     return f"{len(value)} entries{spread}"

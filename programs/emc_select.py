@@ -9,6 +9,7 @@ the picks of that label in the records of tilt series that are selected, and get
 
     emc_select spt_00 --set good --score-above 0.2 --distance 120
     emc_select cls_00 --class 1,3 --set good                   # particles of two classes
+    emc_select cls_00 --drop-class 2 --set good                # of all but one
     emc_select ribo_a ribo_b --set ribo --distance 120         # two sets as one, duplicates removed
     emc_select ribo --set part --split 4                       # part_1 to part_4, at random
     emc_select --label match --to ribo --z-above 6 --region=-2000,2000,-2000,2000,-300,300
@@ -25,7 +26,7 @@ from libemc.cli import Program, Run, options
 from libemc.errors import InputError
 from libemc.methods import select
 
-OF_SETS = ("set_or_run", "set_name", "class_numbers", "min_tilts", "split")
+OF_SETS = ("set_or_run", "set_name", "class_numbers", "drop_class", "min_tilts", "split")
 OF_PICKS = ("label", "to", "margin_above")
 """Arguments that only the one or the other have a meaning for."""
 
@@ -56,7 +57,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=options.label_name, metavar="L", help="label for the picks that are selected")
     parser.add_argument("--tilt-series", nargs="+", metavar="NAME", help="only these tilt series (default: all)")
     what = parser.add_argument_group("what is asked, in this order")
-    options.class_numbers(what)
+    classes = what.add_mutually_exclusive_group()
+    options.class_numbers(classes)
+    classes.add_argument("--drop-class", type=options.integers, metavar="K", help="class to leave out, or several: 1,3")
     for value in ("score", "z-value", "margin"):
         name = value.removesuffix("-value")
         what.add_argument(f"--{name}-above", type=options.number, metavar="X", help=f"{value}s above this")

@@ -43,8 +43,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=prog, description=description, formatter_class=HelpFormatter, allow_abbrev=False, add_help=False
         )
-        # argparse takes "-5,0,0" for an option unless it looks like a negative number
-        self._negative_number_matcher = re.compile(r"^-[\d.][\d.,eE+-]*$")
+        # argparse takes "-5,0,0" and "-50,auto" for options unless they look like negative numbers
+        self._negative_number_matcher = re.compile(r"^-\.?\d")
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would have printed.
@@ -181,6 +181,11 @@ def number_or_auto(text: str) -> float | str:
     return text if text == "auto" else number(text)
 
 
+def numbers_or_auto(text: str) -> tuple[float | str, ...]:
+    """Numbers, or auto, with commas between them; what is said twice counts once."""
+    return tuple(dict.fromkeys(number_or_auto(part) for part in text.split(",")))
+
+
 def count_or_auto(text: str) -> int | None:
     """A whole number, 1 or more, or None for auto."""
     return None if text == "auto" else count(text)
@@ -303,8 +308,8 @@ filter = _option(
     help="weigh frequencies by the FSC of all directions, of each direction, or of each place",
 )
 bfactor = _option(
-    "--bfactor", type=number_or_auto, metavar="B",
-    help="sharpen by this B factor in Å² (negative sharpens), or auto, to fit it",
+    "--bfactor", type=numbers_or_auto, metavar="B",
+    help="sharpen by this B factor in Å² (negative sharpens), or auto, to fit it; or a map for each of several: -50,auto",
 )  # fmt: skip
 structure_factor = _option(
     "--structure-factor", type=Path, metavar="FILE",

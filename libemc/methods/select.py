@@ -102,7 +102,7 @@ class Criteria:
     """What is asked of points, all of it, one after the other in this order; None: nothing.
 
     Attributes:
-        class_numbers: one of these classes.
+        class_numbers: one of these classes; drop_class: none of these.
         score_above, score_below, z_above, margin_above: limits, excluded; a point without the value does not pass.
         region: x0, x1, y0, y1, z0, z1 in Å from the tomogram's centre, included.
         min_tilts: used tilts that see it, at least.
@@ -112,6 +112,7 @@ class Criteria:
     """
 
     class_numbers: tuple[int, ...] | None = None
+    drop_class: tuple[int, ...] | None = None
     score_above: float | None = None
     score_below: float | None = None
     z_above: float | None = None
@@ -130,6 +131,7 @@ class Criteria:
 
 TESTS: dict[str, Callable[[Points, Any], Mask]] = {
     "class_numbers": lambda points, numbers: np.isin(points.classes, numbers),
+    "drop_class": lambda points, numbers: ~np.isin(points.classes, numbers),
     "score_above": lambda points, limit: points.score > limit,
     "score_below": lambda points, limit: points.score < limit,
     "z_above": lambda points, limit: points.z > limit,

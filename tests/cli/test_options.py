@@ -49,6 +49,7 @@ def test_memory_sizes(text: str, size: int) -> None:
         (options.label_name, "-x"),
         (options.integers, "1,2.5"),
         (options.numbers, "1,,2"), (options.region_bounds, "0,1,0,1,0"), (options.region_bounds, "1,0,0,1,0,1"),
+        (options.numbers_or_auto, "-50,"), (options.numbers_or_auto, "auto,all"), (options.numbers_or_auto, ""),
         (options.three_angles, "10,20"), (options.three_angles, "1,2,3,4"), (options.three_angles, "a,b,c"),
     ],
 )  # fmt: skip
@@ -75,6 +76,11 @@ def test_negative_numbers_are_values_and_not_options() -> None:
     assert parsed("--region=-10,10,-20,20,-5,5", add=options.region).region == bounds
     assert parsed("--turn=-10,20,-30.5", add=options.turn).turn == (-10.0, 20.0, -30.5)
     assert parsed("--turn", "-10,20,-30.5", add=options.turn).turn == (-10.0, 20.0, -30.5)
+    for words in (("--bfactor", "-50,-.5,auto,-50.0"), ("--bfactor=-50,-.5,auto,-50.0",)):
+        assert parsed(*words, add=options.bfactor).bfactor == (-50.0, -0.5, "auto")
+    assert parsed("--bfactor", "-100", add=options.bfactor).bfactor == (-100.0,)
+    with pytest.raises(InputError, match="'-5x' is not a number"):
+        parsed("--bfactor", "-5x", add=options.bfactor)
 
 
 def test_defaults_belong_to_the_option_or_are_given_by_the_program() -> None:

@@ -75,6 +75,7 @@ def test_limits() -> None:
     assert chosen(p, z_above=6.0) == [0, 1, 2]
     assert chosen(p, margin_above=2.5) == [3, 4]
     assert chosen(p, class_numbers=(1, 3)) == [1, 3, 4]
+    assert chosen(p, drop_class=(1, 3)) == [0, 2] and chosen(p, drop_class=(7,)) == [0, 1, 2, 3, 4]
     assert chosen(p, min_tilts=5) == [2, 3, 4]
     assert chosen(p, region=(-5.0, 4.9, -1.0, 6.0, -6.9, 0.0)) == [0, 1, 3]
     assert chosen(p, best=2) == [3, 4]

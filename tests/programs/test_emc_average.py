@@ -159,7 +159,50 @@ def test_the_sharpened_average(here: Path, capsys: pytest.CaptureFixture[str]) -
     content = json.loads(Path("avg_01/fsc.json").read_text())
     assert content["b_factor"] == -400 and "b_factor" not in json.loads(Path("avg_00/fsc.json").read_text())
     options = json.loads(Path("avg_01/run.json").read_text())["options"]
-    assert options["bfactor"] == -400 and options["weights"] == "run"
+    assert options["bfactor"] == [-400] and options["weights"] == "run"
+
+
+def test_a_sharpened_map_for_each_b_factor(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Amplitudes of any two differ by exp(-(B1 - B2) k²/4), and each is the average of both halves times its gain."""
+    assert ran("ribo", "--bfactor", "-100,-400,50.5") == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("; B factors -100, -400, 50 Å²")
+    names = {"sharpened_b-100.mrc": -100, "sharpened_b-400.mrc": -400, "sharpened_b50.5.mrc": 50.5}
+    assert {p.name for p in Path("avg_00").iterdir() if not p.name.startswith(".")} == FILES | set(names)
+    content = json.loads(Path("avg_00/fsc.json").read_text())
+    assert content["b_factors"] == names and "b_factor" not in content
+    entry = json.loads(Path("avg_00/run.json").read_text())["history"][-1]
+    assert set(entry["outputs"]) == {f"avg_00/{name}" for name in FILES | set(names)}
+    files = {
+        name: mrcfile.read(f"avg_00/{name}").astype(float) for name in (*names, "average.mrc", "half1.mrc", "half2.mrc")
+    }
+    axis = {name: np.fft.rfftn(volume)[0, 0] for name, volume in files.items()}
+    shells = np.arange(2, 9)  # of 16; all of them carry signal
+    assert min(content["curves"]["corrected"][2:9]) > 0.143
+    k = shells / (32 * PIXEL)
+    for first, b1 in names.items():
+        gain = np.exp(-b1 * k**2 / 4)
+        np.testing.assert_allclose(axis[first][shells], gain * axis["average.mrc"][shells], rtol=1e-3)  # float32
+        for second, b2 in names.items():
+            ratio = np.abs(axis[first] / axis[second])[shells]
+            np.testing.assert_allclose(ratio, np.exp(-(b1 - b2) * k**2 / 4), rtol=1e-3)
+
+
+def test_the_average_is_of_both_halves_weighted_by_their_fsc(here: Path) -> None:
+    """Its spectrum is that of the halves' mean times C_ref² = 2 F/(1 + F), shell by shell, to the end of the signal.
+
+    To 0.15: the filter knows how often each frequency was seen, and those of a shell were seen unequally often by 16
+    particles. C_ref itself, or no filter, is farther off.
+    """
+    assert ran("ribo", "--quiet") == 0
+    corrected = np.array(json.loads(Path("avg_00/fsc.json").read_text())["curves"]["corrected"][1:10])
+    half1, half2, whole = (mrcfile.read(f"avg_00/{n}.mrc").astype(float) for n in ("half1", "half2", "average"))
+    mean, filtered = np.fft.fftn(0.5 * (half1 + half2)), np.fft.fftn(whole)
+    k = np.fft.fftfreq(32, 1 / 32)
+    shell = np.rint(np.sqrt(k[:, None, None] ** 2 + k[:, None] ** 2 + k**2)).astype(int)
+    part = [(mean[shell == s].conj() * filtered[shell == s]).real.sum() for s in range(1, 10)]
+    found = np.array(part) / [(np.abs(mean[shell == s]) ** 2).sum() for s in range(1, 10)]
+    wanted = 2 * corrected / (1 + corrected)
+    assert abs(found - wanted).max() < 0.15 < abs(found - np.sqrt(wanted)).max()
 
 
 @pytest.mark.parametrize("kind", ["spherical", "anisotropic", "local"])

@@ -165,6 +165,8 @@ def test_equal_halves_are_said_to_be_limited_by_their_pixels(maps: Path, capsys:
          "--model: has no halves to filter, or to find directions and places in; give half maps"),
         (["half1.mrc", "half2.mrc", "--bfactor", "-5", "--structure-factor", "flat.mrc"],
          "--bfactor, --structure-factor: both give the map its contrast; give one of them"),
+        (["half1.mrc", "half2.mrc", "--bfactor", "-5,all"],
+         "argument --bfactor: 'all' is not a number; see emc_fsc --help"),
         (["half1.mrc", "half2.mrc", "--mtf-pixel-size", "2"], "--mtf-pixel-size: is of an MTF; give --mtf-file, or leave it out"),
         (["half1.mrc"], "the following arguments are required: MAP; see emc_fsc --help"),
     ],
@@ -237,6 +239,44 @@ def test_sharpening(maps: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ratio = gain["model"] ** 2 * masked[shells] / wanted[shells]
     assert ratio == pytest.approx(np.full(len(shells), ratio.mean()), rel=0.15)  # an FSC of 0.95 ± 0.02 goes in
     assert json.loads(Path("b/fsc.json").read_text())["b_factor"] == -300
+
+
+def test_a_map_for_each_b_factor(maps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is the mean of both halves times 2 F/(1 + F) exp(-B k²/4), coefficient by coefficient on the axis of a shell."""
+    argv = ["half1.mrc", "half2.mrc", "--mask", "mask.mrc"]
+    line = run(capsys, *argv, "--bfactor", "-50,-400.5,200", "--output", "three")
+    assert line.endswith("; B factors -50, -400, 200 Å²\n")
+    names = {"filtered_b-50.mrc": -50, "filtered_b-400.5.mrc": -400.5, "filtered_b200.mrc": 200}
+    assert {file.name for file in Path("three").glob("*.mrc")} == set(names)
+    found = json.loads(Path("three/fsc.json").read_text())
+    assert found["b_factors"] == names and "b_factor" not in found
+    spectra = {name: np.fft.fftn(mrc.read_volume(f"three/{name}")[0].astype(float)) for name in names}
+    mean = np.fft.fftn(sum(mrc.read_volume(f"half{h}.mrc")[0].astype(float) for h in (1, 2)) / 2)
+    for shell in range(2, 7):  # to 23 Å; the signal ends at 20
+        f, k = found["curves"]["corrected"][shell], shell / (BOX * PIXEL_SIZE)
+        for name, b in names.items():
+            gain = 2 * f / (1 + f) * math.exp(-b * k**2 / 4)
+            assert spectra[name][0, shell, 0] == pytest.approx(gain * mean[0, shell, 0], rel=1e-4)  # float32
+    for b in ("-50", "200"):  # as of one alone
+        run(capsys, *argv, f"--bfactor={b}", "--output", f"one{b}")
+        assert Path(f"one{b}/filtered.mrc").read_bytes() == Path(f"three/filtered_b{b}.mrc").read_bytes()
+
+
+def test_a_fitted_b_factor_among_others(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """White amplitudes that fade with B = -80 Å², in white noise: found as alone, and its map is that of alone."""
+    box, pixel_size = 72, 1.5
+    fading = torch.exp(-80 * (rfft_radius((box,) * 3) / pixel_size) ** 2 / 4)
+    signal = torch.fft.irfftn(torch.fft.rfftn(noise(1, box)) * fading, s=(box,) * 3)
+    for half in (1, 2):
+        mrc.write_volume(f"half{half}.mrc", (signal + 0.1 * noise(1 + half, box)).numpy(), pixel_size)
+    run(capsys, "half1.mrc", "half2.mrc", "--bfactor", "auto", "--output", "alone")
+    line = run(capsys, "half1.mrc", "half2.mrc", "--bfactor", "-30,auto", "--output", "both")
+    alone, both = (json.loads(Path(name, "fsc.json").read_text()) for name in ("alone", "both"))
+    assert both["b_factors"] == {"filtered_b-30.mrc": -30.0, "filtered_auto.mrc": alone["b_factor"]}
+    assert alone["b_factor"] == pytest.approx(-80, abs=max(4 * alone["b_factor_error"], 5.0))  # as in test_sharpen
+    assert both["b_factor_error"] == alone["b_factor_error"]
+    assert line.endswith(f"; B factors -30, {alone['b_factor']:.0f} Å²\n") and Path("both/guinier.png").is_file()
+    assert Path("both/filtered_auto.mrc").read_bytes() == Path("alone/filtered.mrc").read_bytes()
 
 
 def test_dry_run_writes_nothing(maps: Path, capsys: pytest.CaptureFixture[str]) -> None:

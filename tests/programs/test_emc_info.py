@@ -79,6 +79,27 @@ def test_a_long_list_is_its_length_and_range() -> None:
     assert emc_info.brief([]) == emc_info.brief({}) == "none"
 
 
+def test_tables_within_a_list_are_counted(examples: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What an iteration says of each tilt series, and the sections that a record keeps of before, take no long lines."""
+    iteration = {
+        "band": 9.0,
+        "trials": [0.5] * 30,
+        "series": {"TS_01": {"before": [1.0] * 40}, "TS_02": {}},
+        "more": {},
+    }
+    assert emc_info.brief([iteration, iteration]) == "; ".join(
+        2 * ["band 9.0, trials 30 entries, 0.5 to 0.5, series 2 values, more none"]
+    )
+    assert emc_info.brief({"spt_00": {"reach": 9.0}}) == "spt_00 reach 9.0"
+    path = Path("info/TS_01_info.json")
+    record = records.load(path, records.TiltSeriesRecord)
+    before = records.Replaced(program="emc_tomocpr", run="cpr_00", alignment=record.alignment)
+    records.update(path, lambda old: old.model_copy(update={"replaced": (before,)}))
+    (line,) = (line for line in printed(capsys, "TS_01").splitlines() if line.startswith("replaced "))
+    count = len(before.model_dump()["alignment"])
+    assert line.split(maxsplit=1)[1] == f"program emc_tomocpr, run cpr_00, alignment {count} values, ctf -"
+
+
 def test_a_project_is_checked_record_by_record(examples: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split(":")[0] for line in printed(capsys).splitlines()] == [
         "info/TS_01_info.json", "particles/ribo/particles.json", "spt_00/run.json",

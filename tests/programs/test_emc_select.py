@@ -117,6 +117,51 @@ def test_what_is_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert set(entry["outputs"]) == {"particles/new/particles.json", "particles/new/TS_hand.json"}
 
 
+def test_classes_left_out(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same file as that of all other classes, byte by byte; a class that nobody is in is an error."""
+    assert ran("ribo", "--set", "new", "--class", "0,2", "--quiet") == 0
+    wanted = content("new")
+    assert ran("ribo", "--set", "new", "--drop-class", 1, "--quiet") == 0
+    found = content("new")
+    assert numbers("new") == [0, 2, 3, 5, 6, 8] and {**found, "history": []} == {**wanted, "history": []}
+    assert ran("ribo", "--set", "new", "--drop-class", "0,1", "--score-above", 0.2, "--quiet") == 0
+    assert numbers("new") == [5, 8]
+    capsys.readouterr()
+    for words, line in {
+        ("--drop-class", "7,8"): "--drop-class: no particle is in class 7, 8; the classes are 0, 1, 2",
+        ("--drop-class", "0,1,2"): "ribo: no particle of 9 is left after --drop-class; ask for less, or check the values",
+        ("--drop-class", "1", "--class", "1"):
+            "argument --class: not allowed with argument --drop-class; see emc_select --help",
+    }.items():  # fmt: skip
+        assert ran("ribo", "--set", "other", *words) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == f"emc_select: error: {line}"
+    assert ran("--label", "ribo", "--to", "new", "--drop-class", 1) == 2
+    assert "--drop-class has no meaning for picks; leave it out" in capsys.readouterr().err
+
+
+def test_a_class_of_a_run_is_refined_again(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The particles of one class of a run, with their halves; another refinement takes them, and keeps halves and ids."""
+    Path("ref.mrc").write_bytes(mrc_bytes(blobs_map(32), PIXEL, stack=False))
+    argv = ["--reference", "ref.mrc", "--startres", "14", "--local", "--iterations", "1", "--quiet"]
+    assert emc_refine.program.main(["ribo", *argv, "--path", "spt"]) == 0
+    path = Path("spt/particles/TS_hand.json")
+    old = {p["id"]: p for p in json.loads(path.read_text())["particles"] if p["class"] == 1}
+    assert len(old) == 3 and {p["half"] for p in old.values()} == {1, 2}
+    assert ran("spt", "--class", 1, "--set", "good", "--quiet") == 0
+    new = {p["id"]: p for p in content("good")["particles"]}
+    assert new.keys() == old.keys() and content("good")["parent"] == "spt"
+    for key, particle in new.items():
+        assert {k: v for k, v in particle.items() if k != "image"} == {
+            k: v for k, v in old[key].items() if k != "image"
+        }
+    capsys.readouterr()
+    assert emc_refine.program.main(["good", *argv, "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("refine 3 particles in a box of 32 ")
+    assert emc_refine.program.main(["good", *argv, "--path", "again"]) == 0
+    refined = json.loads(Path("again/particles/TS_hand.json").read_text())["particles"]
+    assert {p["id"]: (p["half"], p["class"]) for p in refined} == {key: (p["half"], 1) for key, p in old.items()}
+
+
 def test_selected_particles_keep_their_images(here: Path) -> None:
     """Also those of a selection's selection, in another order, and of a run of it."""
     assert ran("ribo", "--set", "a", "--score-above", 0.25) == 0
