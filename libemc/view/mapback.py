@@ -21,13 +21,11 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
 from libemc.view.alignment import BLACK, BLUE, GREY, RED
-from libemc.view.plots import save, scale_bar
+from libemc.view.plots import class_colour, save, scale_bar
 
 Array = NDArray[np.float64]
 Pixels = NDArray[np.float32]
 
-PALETTE = ("#e69f00", "#56b4e9", "#cc79a7", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#b8b8b8")
-"""Okabe & Ito's colours, which those see apart who don't see all colours; after the last comes the first again."""
 SCORES = "viridis"
 SPREAD = (5.0, 95.0)
 """Percentiles of the scores where their colours end."""
@@ -67,7 +65,7 @@ class Colours:
 
 def by_kind(kind: Sequence[int], names: Sequence[str]) -> Colours:
     """A colour for each kind: (N,) places in the list of their names."""
-    palette = [PALETTE[k % len(PALETTE)] for k in range(len(names))]
+    palette = [class_colour(k + 1) for k in range(len(names))]
     rgb = np.array([to_rgb(palette[k]) for k in kind], dtype=np.float64).reshape(-1, 3)
     return Colours(rgb, {name: palette[k] for k, name in enumerate(names)})
 

@@ -33,6 +33,13 @@ _ROW_PARTS = 16
 """Each row of the sphere is drawn in so many parts, which follow its outline: the sides of a cell are straight."""
 CONTRAST = (1.0, 99.9)
 """Percentiles of a map that are drawn black and white."""
+PALETTE = ("#e69f00", "#56b4e9", "#cc79a7", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#b8b8b8")
+"""Okabe & Ito's colours, which those see apart who don't see all colours; after the last comes the first again."""
+
+
+def class_colour(number: int) -> str:
+    """The colour of a class in all pictures: classes count from 1."""
+    return PALETTE[(number - 1) % len(PALETTE)]
 
 
 def save(figure: Figure, path: str | PathLike[str]) -> None:

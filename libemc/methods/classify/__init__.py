@@ -1,0 +1,1 @@
+"""How the particles of a set differ, and which are alike."""
