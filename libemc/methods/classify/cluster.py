@@ -86,7 +86,7 @@ def _weighed(
 
 def mixture(points: Coordinates, labels: Labels, steps: int = STEPS) -> Mixture:
     """Fit a mixture by EM, from a partition (N,) into clusters numbered from 0."""
-    count, k = int(labels.max()) + 1, points.b.shape[1]
+    count = int(labels.max()) + 1
     z = points.likely
     chosen = torch.nn.functional.one_hot(torch.from_numpy(labels), count).double()
     number = chosen.sum(dim=0).clamp_min(1e-9)
