@@ -24,13 +24,13 @@ from libemc.errors import InputError
 from libemc.methods import average
 from libemc.methods.average import Average, HalfMaps
 from libemc.methods.joint import fit as joint
-from libemc.methods.joint import references
 from libemc.methods.joint.fit import Member
 from libemc.methods.joint.levels import SHIFT, Choice, Level, choose
-from libemc.methods.joint.references import Making, References
 from libemc.methods.joint.solve import Trial
 from libemc.methods.joint.starts import started
 from libemc.methods.molecular_mask import automatic_mask
+from libemc.methods.refine import left_out
+from libemc.methods.refine.left_out import Making, References
 from libemc.methods.refine.references import Filtering
 from libemc.methods.refine.schedule import JOINED
 from libemc.methods.subtilt import quality
@@ -194,7 +194,7 @@ def referenced(kind: Kind, filter: str, run: Run) -> Kind:
     filtering = Filtering(filter, kind.mask, pixel_size, run.seed)
     making = Making(filtering, kind.symmetry, box * pixel_size / JOINED, run.memory)
     series, made = list(kind.series.values()), kind.made
-    return replace(kind, compared=references.made(series, kind.maps, made.corrected, made.reach, making, run.progress))
+    return replace(kind, compared=left_out.made(series, kind.maps, made.corrected, made.reach, making, run.progress))
 
 
 def averaged(kind: Kind, run: Run) -> Kind:

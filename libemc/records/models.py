@@ -407,7 +407,7 @@ class RawImages(Section):
 
 PER_TILT = ("defocus", "astigmatism", "astigmatism_angle", "phase_shift", "visible")
 """A particle's own lists with one entry per tilt."""
-OPTIONAL = ("z", "image", "astigmatism", "astigmatism_angle", "phase_shift", "subtilt")
+OPTIONAL = ("classes", "z", "image", "astigmatism", "astigmatism_angle", "phase_shift", "subtilt")
 """What a particle's line leaves out while it is null."""
 LEFT_OUT = {"ctf": ("beam_tilt",), "optics": ("beam_tilt",), "tilts": ("shift_x", "shift_y")}
 """What these sections leave out while it is null."""
@@ -428,6 +428,8 @@ class Particle(Section):
     half: Literal[1, 2]
     """By id; never changes."""
     class_: int = 0
+    classes: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
+    """Probability of class 1, 2, ..., where it was refined in classes."""
     score: float | None = None
     weight: Annotated[float, Field(ge=0)] | None = None
     """In averages; absent: 1; 0: left out, for the reason given."""

@@ -26,9 +26,9 @@ from libemc.methods.joint.evidence import (
     measure,
 )
 from libemc.methods.joint.levels import POSE, Case, Choice, Scene
-from libemc.methods.joint.references import References
 from libemc.methods.joint.solve import solve, spread
 from libemc.methods.joint.terms import total
+from libemc.methods.refine.left_out import References
 from libemc.methods.refine.motion import Walk
 from libemc.methods.subtilts import Particles, Progress, noise_spectrum
 from libemc.numerics.rotations import matrix_from_rotvec

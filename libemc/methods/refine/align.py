@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from libemc.methods.refine.left_out import References
 from libemc.methods.refine.limits import Limits
 from libemc.methods.refine.motion import SAMPLE, Walk, moved_by, polish_with_motion, step_size
 from libemc.methods.refine.polish import polish, pose_terms
@@ -166,72 +167,117 @@ def align_batch(
     return follow(batch, fine, [present, *candidates], min(grid.radius, batch.band.radius), limits)
 
 
+@dataclass(frozen=True)
+class _Going:
+    """One tilt series while its particles are aligned; its tensors are filled in place."""
+
+    particles: Particles
+    prior: Particles
+    about: Particles
+    noise: Tensor
+    walk: Walk
+    seen: Tensor
+    begun: Tensor
+    rotation: Tensor
+    xyz: Tensor
+    score: Tensor
+    contrast: Tensor
+    error: Tensor
+    drift: Tensor
+    steps: dict[int, float]
+
+    @staticmethod
+    def of(particles: Particles, prior: Particles, task: Task, band: Band) -> _Going:
+        """Before anything is aligned."""
+        # paths are fitted on top of what the particles began with, each time anew
+        begun = prior.corrections.shift if task.motion else particles.corrections.shift
+        unknown = torch.full_like(particles.score, float("nan"))
+        return _Going(
+            particles=particles,
+            prior=prior,
+            about=replace(prior, corrections=replace(particles.corrections, shift=begun)),
+            noise=noise_spectrum(particles, band),
+            walk=Walk.of(particles.series, max(task.resolution, 2 * particles.file.pixel_size)),
+            seen=particles.use & particles.shown.any(dim=1),
+            begun=begun,
+            rotation=particles.rotation.clone(),
+            xyz=particles.xyz.clone(),
+            score=unknown,
+            contrast=unknown.clone(),
+            error=unknown.clone(),
+            drift=begun.clone(),
+            steps={},
+        )
+
+    def align(
+        self, half: int, piece: Tensor, fine: FourierVolume, coarse: FourierVolume | None, grid: SearchGrid | None,
+        task: Task, band: Band,
+    ) -> None:  # fmt: skip
+        """Fill in what the reference of their half says of a batch of particles."""
+        pixel_size = self.particles.file.pixel_size
+        batch = load_batch(self.about, piece, band, self.noise, own_noise=task.own_noise)
+        here = (self.particles.xyz - self.prior.xyz)[piece] / pixel_size
+        present = Poses.at(self.particles.rotation[piece], here)
+        poses = align_batch(batch, present, fine, coarse, grid, task.limits)
+        if task.motion:
+            if half not in self.steps:
+                some = torch.arange(min(SAMPLE, len(piece)))
+                self.steps[half] = step_size(batch.some(some), fine, poses[some], self.walk, pixel_size)
+            if self.steps[half] > 0:
+                step = self.steps[half] / pixel_size
+                poses, path = polish_with_motion(batch, fine, poses, self.walk, step, task.limits)
+                along = torch.einsum("tij,ptj->pti", self.particles.series.matrices[:, :2], path)
+                self.drift[piece] = self.begun[piece] + along * pixel_size
+                batch = replace(batch, shift=moved_by(batch, path))
+        terms = pose_terms(batch, fine, poses.rotation, poses.shift)
+        self.rotation[piece] = poses.rotation
+        self.xyz[piece] = self.prior.xyz[piece] + poses.shift * pixel_size
+        self.score[piece] = poses.score
+        self.contrast[piece] = terms.cross / terms.norm.clamp_min(1e-30)
+        self.error[piece] = (2 * terms.norm.clamp_min(1e-30)).rsqrt()
+
+
 def iterate(
     series: Sequence[Particles],
     start: Sequence[Particles],
-    halves: tuple[Tensor, Tensor],
+    references: References | tuple[Tensor, Tensor],
     task: Task,
     memory: int,
     progress: Progress | None = None,
 ) -> Aligned:
-    """Align every used particle to the reference of its own half.
+    """Align every used particle to the reference of its own half and part.
 
     Args:
         series: particles by tilt series.
         start: the same at the poses that the limits are about.
-        halves: (n, n, n) references of half 1 and half 2, filtered and masked.
+        references: (n, n, n) each, filtered and masked; a pair is of half 1 and half 2, one for all parts.
         memory: bytes that batches may take.
         progress: wraps the loop over batches of one tilt series and half.
     """
+    if not isinstance(references, References):
+        references = References.whole(references, series, task.resolution)
     box, pixel_size = series[0].file.box, series[0].file.pixel_size
     band = Band.of(box, max(LEAST_RADIUS, box * pixel_size / task.resolution))
-    across = max(diameter(h) for h in halves)
+    across = max(diameter(h) for pair in references.maps for h in pair)
     grid = (
         SearchGrid.of(box, pixel_size, task.resolution, across, task.limits, point_group(task.symmetry))
         if task.exhaustive
         else None
     )
-    fine = [FourierVolume.from_map(h, radius=band.radius) for h in halves]
-    coarse = [search_reference(h, grid.radius) if grid else None for h in halves]
-    out = Aligned([], [], [], [])
-    for particles, prior in zip(series, start, strict=True):
-        rotation, xyz = particles.rotation.clone(), particles.xyz.clone()
-        score, contrast, error = (torch.full_like(particles.score, float("nan")) for _ in range(3))
-        noise = noise_spectrum(particles, band)
-        seen = particles.use & particles.shown.any(dim=1)
-        walk = Walk.of(particles.series, max(task.resolution, 2 * pixel_size))
-        # paths are fitted on top of what the particles began with, each time anew
-        begun = prior.corrections.shift if task.motion else particles.corrections.shift
-        drift = begun.clone()
-        about = replace(prior, corrections=replace(particles.corrections, shift=begun))
-        steps: dict[int, float] = {}
-        for half, piece in batches_by_half(particles, seen, band, memory, progress, "align"):
-            batch = load_batch(about, piece, band, noise, own_noise=task.own_noise)
-            here = (particles.xyz - prior.xyz)[piece] / pixel_size
-            present = Poses.at(particles.rotation[piece], here)
-            poses = align_batch(batch, present, fine[half - 1], coarse[half - 1], grid, task.limits)
-            if task.motion:
-                if half not in steps:
-                    some = torch.arange(min(SAMPLE, len(piece)))
-                    steps[half] = step_size(batch.some(some), fine[half - 1], poses[some], walk, pixel_size)
-                if steps[half] > 0:
-                    poses, path = polish_with_motion(
-                        batch, fine[half - 1], poses, walk, steps[half] / pixel_size, task.limits
-                    )
-                    along = torch.einsum("tij,ptj->pti", particles.series.matrices[:, :2], path)
-                    drift[piece] = begun[piece] + along * pixel_size
-                    batch = replace(batch, shift=moved_by(batch, path))
-            terms = pose_terms(batch, fine[half - 1], poses.rotation, poses.shift)
-            rotation[piece] = poses.rotation
-            xyz[piece] = prior.xyz[piece] + poses.shift * pixel_size
-            score[piece] = poses.score
-            contrast[piece] = terms.cross / terms.norm.clamp_min(1e-30)
-            error[piece] = (2 * terms.norm.clamp_min(1e-30)).rsqrt()
-        out.step.extend(steps.values())
-        out.series.append(particles.moved(rotation, xyz, score).corrected(shift=drift))
-        out.contrast.append(contrast)
-        out.error.append(error)
-    return out
+    going = [_Going.of(p, prior, task, band) for p, prior in zip(series, start, strict=True)]
+    for part, pair in enumerate(references.maps):
+        fine = [FourierVolume.from_map(h, radius=band.radius) for h in pair]
+        coarse = [search_reference(h, grid.radius) if grid else None for h in pair]
+        for one in going:
+            mine = one.seen & (references.parts[one.particles.file.name] == part)
+            for half, piece in batches_by_half(one.particles, mine, band, memory, progress, "align"):
+                one.align(half, piece, fine[half - 1], coarse[half - 1], grid, task, band)
+    return Aligned(
+        [one.particles.moved(one.rotation, one.xyz, one.score).corrected(shift=one.drift) for one in going],
+        [one.contrast for one in going],
+        [one.error for one in going],
+        [step for one in going for step in one.steps.values()],
+    )
 
 
 def pose_change(before: Sequence[Particles], after: Sequence[Particles], symmetry: str) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from libemc.methods.joint.evidence import GEOMETRY, LENS, PARAMETERS, Evidence
 from libemc.methods.joint.fit import Member
 from libemc.methods.joint.levels import Scene
-from libemc.methods.joint.references import References
+from libemc.methods.refine.left_out import References
 from libemc.methods.refine.motion import Walk
 from libemc.methods.subtilts import Corrections, Particles
 from libemc.numerics import slices

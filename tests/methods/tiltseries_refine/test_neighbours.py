@@ -12,7 +12,7 @@ from torch import Tensor
 
 from libemc.methods import extract
 from libemc.methods.joint.fit import Member
-from libemc.methods.joint.references import References
+from libemc.methods.refine.left_out import References
 from libemc.methods.subtilts import Particles, load_batch
 from libemc.methods.tiltseries_refine import neighbours
 from libemc.methods.tiltseries_refine.neighbours import (

@@ -40,6 +40,11 @@ class References:
         default_factory=dict, compare=False, repr=False
     )
 
+    @staticmethod
+    def whole(halves: tuple[Tensor, Tensor], series: Sequence[Particles], resolution: float) -> References:
+        """One reference of each half for all of its particles, as where they don't come from them."""
+        return References([halves], {p.file.name: torch.zeros(len(p), dtype=torch.long) for p in series}, resolution)
+
     def volumes(self, radius: float) -> list[tuple[FourierVolume, FourierVolume]]:
         """The maps of each part prepared for slices up to a radius in Fourier pixels; kept for the next call."""
         if radius not in self._volumes:

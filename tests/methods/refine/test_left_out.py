@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from libemc.methods import average
-from libemc.methods.joint import references
-from libemc.methods.joint.references import FOLDS, Making, left_out_gain, made, parts_of
+from libemc.methods.refine import left_out
+from libemc.methods.refine.left_out import FOLDS, Making, left_out_gain, made, parts_of
 from libemc.methods.refine.references import Filtering
 from libemc.methods.subtilts import Particles
 from tests.methods.joint.joint_data import PIXEL, empty, pictured, scattered, unit_map
@@ -160,7 +160,7 @@ def test_fewer_particles_have_less_signal_to_noise() -> None:
 def test_volumes_are_made_once() -> None:
     box = 16
     maps = [(unit_map(box), 2 * unit_map(box))]
-    kept = references.References(maps, {}, 20.0)
+    kept = left_out.References(maps, {}, 20.0)
     first = kept.volumes(6.0)
     assert first is kept.volumes(6.0) and first is not kept.volumes(5.0)
     torch.testing.assert_close(2 * first[0][0].data, first[0][1].data)
