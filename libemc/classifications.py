@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from libemc.cli import Run
+from libemc.cli import Run, history
 from libemc.errors import InputError
 from libemc.io import mrc
 from libemc.io.files import write_text
@@ -30,6 +31,9 @@ from libemc.principal_axes import in_errors
 
 AUTO = "auto"
 CLUSTERS = "clusters.json"
+PICTURES = ("montage.png", "trials.png", "classes.png", "classes.html")
+PARTS = ("", "_half1", "_half2")
+"""What the maps of a class end with."""
 
 
 def chosen_axes(text: str, bands: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
@@ -47,7 +51,7 @@ def chosen_axes(text: str, bands: Sequence[Mapping[str, Any]]) -> dict[str, list
         if name not in known:
             raise InputError(f"'{part}' begins with no scale of {', '.join(known)}", "--along", "as 60:1,2;30:1")
         for number in numbers.split(","):
-            if not number.isdigit() or not 1 <= int(number) <= known[name]:
+            if not number.isdecimal() or not 1 <= int(number) <= known[name]:
                 raise InputError(
                     f"'{number}' is no axis from 1 to {known[name]} of {name} Å", "--along", "as 60:1,2;30:1"
                 )
@@ -60,8 +64,8 @@ def counts_of(text: str) -> tuple[int, ...] | None:
     if text == AUTO:
         return None
     parts = text.split(",")
-    if not all(p.isdigit() and int(p) > 0 for p in parts):
-        raise InputError(f"'{text}' is neither auto nor numbers such as 2,3,4", "--clusters")
+    if not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise InputError(f"'{text}' is neither auto nor numbers such as 2,3,4", "--clusters", "give one of the two")
     return tuple(sorted({int(p) for p in parts}))
 
 
@@ -177,25 +181,46 @@ def write_class_maps(folder: Path, classes: Sequence[ClassAverage], pixel_size: 
     for one in classes:
         if one.maps is None or one.made is None:
             continue
-        volumes = {"": one.made.average, "_half1": one.maps.half1, "_half2": one.maps.half2}
-        for end, volume in volumes.items():
+        for end, volume in zip(PARTS, (one.made.average, one.maps.half1, one.maps.half2), strict=True):
             path = run.output(folder / f"class_{one.number}{end}.mrc", owned=True)
             mrc.write_volume(path, volume.float().numpy(), pixel_size)
 
 
-def class_views(classes: Sequence[ClassAverage], trial: Trial, whole: Tensor, run: Run) -> list[Any]:
+def claim(folder: Path, count: int, run: Run) -> None:
+    """Say what is written of so many classes: a record that is saved then knows the files, should the run be killed.
+
+    Raises:
+        InputError: one of them is another's.
+    """
+    maps = [f"class_{number}{end}.mrc" for number in range(1, count + 1) for end in PARTS]
+    for name in (*maps, *PICTURES, CLUSTERS):
+        run.output(folder / name)
+
+
+def remove_older(folder: Path, classes: Sequence[ClassAverage], run: Run) -> None:
+    """Remove the maps of classes that an earlier clustering left in the folder, and this one has no average of."""
+    new = {f"class_{one.number}{end}.mrc" for one in classes if one.made is not None for end in PARTS}
+    for file in sorted(folder.glob("class_*.mrc")):
+        if file.name not in new and history.written_by(run.name, file, run.project):
+            file.unlink()
+
+
+def class_views(
+    classes: Sequence[ClassAverage], labels: NDArray[np.int64], confidence: Tensor, whole: Tensor
+) -> list[Any]:
     """The classes for the page.
 
     Args:
+        labels: (N,) the class of each particle, from 1; confidence: (N,) with which it is in it.
         whole: (n, n, n) unfiltered average of all.
     """
     from libemc.view import classification
     from libemc.view.plots import central_slices
 
-    total, confidence = len(trial.labels), trial.confidence
+    total = len(labels)
     views = []
     for one in classes:
-        mine = confidence[torch.from_numpy(trial.labels == one.number - 1)]
+        mine = confidence[torch.from_numpy(labels == one.number)]
         volume = torch.zeros_like(whole) if one.made is None else one.made.average
         difference = torch.zeros_like(whole)
         if one.made is not None and one.maps is not None:
@@ -257,6 +282,27 @@ def write_cluster_page(
         title=title, facts={k.replace("_", " "): str(v) for k, v in facts.items() if v not in (None, False)},
         pixel_size=pixel_size, classes=classes, trials=views, bands=bands, labels=labels, by_series=by_series,
     )  # fmt: skip
+    classification.write_cluster_page(run.output(folder / "classes.html", owned=True), page)
+
+
+def write_refined_page(
+    folder: Path, title: str, pixel_size: float, classes: list[Any], labels: NDArray[np.int64],
+    by_series: Mapping[str, Sequence[int]], run: Run,
+) -> None:  # fmt: skip
+    """The picture and the page of classes that were refined."""
+    from libemc.view import classification
+
+    classification.montage_plot(run.output(folder / "montage.png", owned=True), classes, pixel_size)
+    page = classification.ClusterPage(
+        title=title,
+        facts={},
+        pixel_size=pixel_size,
+        classes=classes,
+        trials=[],
+        bands=[],
+        labels=labels,
+        by_series=by_series,
+    )
     classification.write_cluster_page(run.output(folder / "classes.html", owned=True), page)
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from libemc import project, records
-from libemc.cli import Run
+from libemc.cli import Run, history
 from libemc.errors import InputError
 from libemc.io import mrc
 from libemc.io.files import write_text
@@ -38,6 +38,8 @@ MOST_SHOWN, MORE_SHOWN = 8, 2
 IN_MEMORY = 0.4
 """Part of the memory that difference maps may take; larger sets of them lie in a file while they are worked on."""
 TABLE = "coordinates.npz"
+FEWEST = 3
+"""Particles that axes can be learnt from."""
 SIGMAS = 2.0
 """Standard deviations along an axis of the maps to both sides."""
 
@@ -164,6 +166,20 @@ class Analysis:
 # --------------------------------------------------------------------------------------------------------------- analysis
 
 
+def count_of(series: Sequence[Particles], subset: int | None, where: str) -> int:
+    """Particles that are analysed.
+
+    Raises:
+        InputError: they, or those that axes are to be learnt from, are too few to differ along an axis.
+    """
+    count = len(differences.members(series))
+    if count < FEWEST:
+        raise InputError(f"has {count} particles that some image shows", where, f"use {FEWEST} or more")
+    if subset is not None and subset < FEWEST:
+        raise InputError(f"{subset} particles show no axis", "--subset", f"give {FEWEST} or more")
+    return count
+
+
 def in_one_frame(
     series: list[Particles], symmetry: str, run: Run
 ) -> tuple[list[Particles], average.HalfMaps, dict[str, float]]:
@@ -185,6 +201,18 @@ def in_one_frame(
         f"half 2 lay turned by {how['turned']:.1f}° and moved by {how['moved']:.1f} Å in half 1: brought together"
     )
     return series, average.half_maps(series, run.memory, symmetry, progress=run.progress), how
+
+
+def of_classes(series: list[Particles], numbers: tuple[int, ...] | None) -> list[Particles]:
+    """The particles as a run keeps them: those of other classes than were analysed are not used."""
+    if numbers is None:
+        return series
+    out = []
+    for p in series:
+        file = p.to_file()
+        kept = tuple(q.model_copy(update={"use": q.use and q.class_ in numbers}) for q in file.particles)
+        out.append(Particles.of(file.model_copy(update={"particles": kept}), p.stack))
+    return out
 
 
 def mask_of(path: Path | None, made: average.Average, box: int, pixel_size: float, run: Run) -> Tensor:
@@ -232,8 +260,6 @@ def analyse(series: Sequence[Particles], mask: Tensor, plan: Plan, folder: Path,
     box, pixel_size = series[0].file.box, series[0].file.pixel_size
     frame = Frame.of(box, pixel_size, min(plan.scales))
     members = differences.members(series)
-    if len(members) < 3:
-        raise InputError(f"has {len(members)} particles that some image shows", series[0].file.set, "use more")
     frame = differences.with_noise(frame, series, members, run.memory)
     learnt = _subset(members, plan)
     batches = differences.read(series, learnt, frame, run.memory // 4, run.progress)
@@ -306,13 +332,32 @@ def shown_axes(bands: Sequence[BandResult]) -> list[int]:
 
 
 def map_names(bands: Sequence[BandResult]) -> list[str]:
-    """The maps of an analysis."""
+    """The maps of an analysis, and the picture of each band's axes."""
     names = []
     for band, count in zip(bands, shown_axes(bands), strict=True):
-        names.append(f"variance_{band.name}.mrc")
+        names += [f"variance_{band.name}.mrc", *([f"axes_{band.name}.png"] if count else [])]
         for k in range(count):
             names += [f"axis_{band.name}_{k + 1}{end}.mrc" for end in ("", "_minus", "_plus")]
     return names
+
+
+def claim(folder: Path, bands: Sequence[BandResult], run: Run) -> None:
+    """Say what is written of the bands: a record that is saved then knows the files, should the run be killed.
+
+    Raises:
+        InputError: one of them is another's.
+    """
+    for name in map_names(bands):
+        run.output(folder / name)
+
+
+def remove_older(folder: Path, bands: Sequence[BandResult], run: Run) -> None:
+    """Remove maps and pictures of axes that an earlier analysis left in the folder, and this one hasn't replaced."""
+    names = set(map_names(bands))
+    for pattern in ("axis_*.mrc", "variance_*.mrc", "axes_*.png"):
+        for file in sorted(folder.glob(pattern)):
+            if file.name not in names and history.written_by(run.name, file, run.project):
+                file.unlink()
 
 
 def write_maps(folder: Path, found: Analysis, made: Tensor, mask: Tensor, pixel_size: float, run: Run) -> None:

@@ -245,7 +245,13 @@ AVERAGE_FILES = ("average.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "fsc.json"
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options as a run's record holds them: paths as text, tuples as lists."""
-    return {n: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for n, v in options.items()}
+
+    def one(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [one(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: one(value) for name, value in options.items()}
 
 
 def save_run(

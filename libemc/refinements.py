@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from libemc import project, records
+from libemc.cli import Run
 from libemc.errors import InputError
 from libemc.io import mrc
 from libemc.io.files import read_json
@@ -20,6 +21,8 @@ from libemc.methods.subtilts import Particles
 
 SLICES = "iterations/slices_{:02d}.mrc"
 """The central slices xy, xz and yz of each iteration's average."""
+MANY = 0.2
+"""Share of the particles at the limit of their shifts that is worth a warning."""
 
 
 def repeated(path: Path, options: Mapping[str, Any]) -> records.Run:
@@ -42,18 +45,21 @@ def repeated(path: Path, options: Mapping[str, Any]) -> records.Run:
     return record
 
 
-def resume(folder: Path, options: Mapping[str, Any], series: list[Particles]) -> tuple[list[Done], list[Particles]]:
-    """The iterations that a refinement has done, and its particles after the last of them; nothing where none is done.
+def resume(
+    folder: Path, options: Mapping[str, Any], series: list[Particles]
+) -> tuple[list[Done], list[dict[str, Any]], list[Particles]]:
+    """The iterations that a refinement has done, as one and in classes, and its particles after the last of them; nothing where
+    none is done.
 
     Raises:
         InputError: the run was begun with other options, or from files that have changed since.
     """
     path = folder / "run.json"
     if not path.exists():
-        return [], series
+        return [], [], series
     record = repeated(path, options)
-    past = done_of(record.state)
-    return past, project.open_particles(folder)[1] if past else series
+    past, lines = done_of(record.state), list(record.state.get("classes", []))
+    return past, lines, project.open_particles(folder)[1] if past or lines else series
 
 
 def read_halves(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,6 +97,12 @@ def with_poses_of(series: Sequence[Particles], run: str | Path) -> list[Particle
     if not found:
         raise InputError("has none of these particles", run, "give a run of the same picks")
     return out
+
+
+def warn_of_limits(run: Run, count: int, stuck: int) -> None:
+    """Say so when many of the particles could go no farther."""
+    if stuck > MANY * count:
+        run.warn(f"{stuck} of {count} particles are at the limit of --max-shift; is the reference off its centre?")
 
 
 def save_slices(path: Path, average: Average) -> None:

@@ -17,13 +17,13 @@ the coordinates alone.
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from libemc import classifications, principal_axes, project, records
 from libemc.cli import Program, Run, options
-from libemc.io import mrc
 from libemc.methods.classify import cluster
 from libemc.methods.classify.cluster import Trial
 from libemc.methods.classify.coordinates import joined
@@ -38,27 +38,40 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--along", default="auto", metavar="S:K,..;S:K", help="axes by scale, as 60:1,2;30:1, or auto")
 
 
-def write(
-    folder: Path, args: argparse.Namespace, head: records.ParticleSet, series: list[Particles], ids: list[str],
-    trials: list[Trial], chosen: int, bands: list[object], run: Run,
-) -> None:  # fmt: skip
+@dataclass(frozen=True)
+class Clustered:
+    """What is the same whichever number of clusters is written."""
+
+    args: argparse.Namespace
+    head: records.ParticleSet
+    series: list[Particles]
+    ids: list[str]
+    mask: torch.Tensor
+    whole: torch.Tensor
+    trials: list[Trial]
+    bands: list[object]
+
+
+def write(folder: Path, found: Clustered, chosen: int, run: Run) -> None:
     """Everything of one number of clusters."""
-    trial, pixel_size = trials[chosen], head.pixel_size
-    series = classifications.with_classes(series, ids, trial)
-    mask = project.read_mask(Path(args.set_or_run) / "mask.mrc", head.box, pixel_size)
-    classes = classifications.class_averages(series, trial.count, mask, head.symmetry, run)
-    halves = [torch.from_numpy(mrc.read_volume(Path(args.set_or_run) / f"half{h}.mrc")[0]) for h in (1, 2)]
-    views = classifications.class_views(classes, trial, (halves[0] + halves[1]) / 2, run)
-    classifications.write_class_maps(folder, classes, pixel_size, run)
+    args, head, ids, trial = found.args, found.head, found.ids, found.trials[chosen]
+    series = classifications.with_classes(found.series, ids, trial)
+    classes = classifications.class_averages(series, trial.count, found.mask, head.symmetry, run)
+    views = classifications.class_views(classes, trial.labels + 1, trial.confidence, found.whole)
+    classifications.write_class_maps(folder, classes, head.pixel_size, run)
     by_series = classifications.populations(series, trial.count)
     kept = {"clusters": args.clusters, "method": args.method, "axes": args.along}
     title = f"{folder}: {trial.count} classes of {len(ids)} particles"
     classifications.write_cluster_page(
-        folder, title, kept, pixel_size, views, trials, chosen, bands, by_series, run
-    )  # fmt: skip
-    state = {"trials": [classifications.trial_state(t) for t in trials], "chosen": trial.count, **kept}
+        folder, title, kept, head.pixel_size, views, found.trials, chosen, found.bands, by_series, run
+    )
+    state = {"trials": [classifications.trial_state(t) for t in found.trials], "chosen": trial.count, **kept}
     classifications.save_clusters(folder, ids, trial, classes, state, run)
-    project.save_run_particles(folder, head, series, str(args.set_or_run))
+    if folder == Path(args.set_or_run):  # its own particles: all but the class stays
+        records.save_particles(folder / "particles", head, {p.file.name: p.file for p in series})
+    else:
+        project.save_run_particles(folder, head, series, str(args.set_or_run))
+    classifications.remove_older(folder, classes, run)
     for one in classes:
         resolution = "" if one.made is None else f", {one.made.resolution:.2f} Å at FSC 0.143"
         run.result(f"{folder}: class {one.number}, {sum(one.halves)} particles{resolution}")
@@ -70,6 +83,8 @@ def main(args: argparse.Namespace, run: Run) -> None:
     record, path = principal_axes.analysed(args.set_or_run)
     run.particles(args.set_or_run)
     head, series = project.open_particles(args.set_or_run)
+    mask = project.read_mask(run.input(path.parent / "mask.mrc"), head.box, head.pixel_size)
+    halves = [project.read_map(run.input(path.parent / f"half{h}.mrc"), head.box, head.pixel_size) for h in (1, 2)]
     ids, found = principal_axes.read_coordinates(path.parent, record.state["bands"])
     axes = classifications.chosen_axes(args.along, record.state["bands"])
     points = joined([found[name].of_axes(places) for name, places in axes.items()])
@@ -78,14 +93,20 @@ def main(args: argparse.Namespace, run: Run) -> None:
         return
     trials, chosen = classifications.try_clusters(points, counts, args.method, run)
     bands = classifications.cluster_bands(record.state["bands"], found, axes)
-    for k in range(len(trials)):
-        run.result(classifications.trial_line(trials[k]))
-        if counts is not None and k != chosen:
-            write(path.parent / f"k{trials[k].count}", args, head, series, ids, trials, k, bands, run)
-    write(path.parent, args, head, series, ids, trials, chosen, bands, run)
+    others = [k for k in range(len(trials)) if counts is not None and k != chosen]
+    folders = {**{k: path.parent / f"k{trials[k].count}" for k in others}, chosen: path.parent}
+    for k, folder in folders.items():
+        classifications.claim(folder, trials[k].count, run)
+    records.update(run.output(path, owned=True), lambda old: old, records.Run)
+    clustered = Clustered(args, head, series, ids, mask, (halves[0] + halves[1]) / 2, trials, bands)
+    for one in trials:
+        run.result(classifications.trial_line(one))
+    for k, folder in folders.items():
+        write(folder, clustered, k, run)
     done = {"trials": [classifications.trial_state(t) for t in trials], "chosen": trials[chosen].count}
-    state = {**record.state, "clusters": {**done, "method": args.method, "along": axes}}
-    records.update(run.output(path, owned=True), lambda old: old.model_copy(update={"state": state}), records.Run)
+    along = {name: [k + 1 for k in places] for name, places in axes.items()}
+    state = {**record.state, "clusters": {**done, "method": args.method, "along": along}}
+    records.update(path, lambda old: old.model_copy(update={"state": state}), records.Run)
 
 
 program = Program(

@@ -22,7 +22,6 @@ import argparse
 from libemc import principal_axes, project, records
 from libemc.cli import Program, Run, options
 from libemc.methods import average
-from libemc.methods.classify import differences
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +50,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
     if args.mask:
         project.read_mask(args.mask, box, pixel_size)
     project.need_halves(series, args.set_or_run)
-    count = len(differences.members(series))
+    count = principal_axes.count_of(series, args.subset, args.set_or_run)
     disk = principal_axes.disk_of(count, box, pixel_size, plan, run.memory)
     if run.plan(f"compare {count} particles in bands about {', '.join(plan.names)} Å", disk=disk):
         return
@@ -70,9 +69,13 @@ def main(args: argparse.Namespace, run: Run) -> None:
     made = average.finish(maps, mask, pixel_size, run.seed)
     project.write_average(outputs, maps, made, mask, pixel_size)
     found = principal_axes.analyse(series, mask, plan, folder, run)
+    principal_axes.claim(folder, found.bands, run)
+    project.save_run(record, run.name, kept, run.seed, {}, inputs, stopped_at="maps")
     principal_axes.write_maps(folder, found, made.average, mask, pixel_size, run)
     principal_axes.save_coordinates(folder, found, series, run)
     principal_axes.write_page(folder, found, series, made.average, mask, kept, run)
+    principal_axes.remove_older(folder, found.bands, run)
+    series = principal_axes.of_classes(series, args.class_numbers)
     project.save_run_particles(folder, head, series, str(args.set_or_run))
     state = {"particles": count, "halves": frames, "bands": [band.state() for band in found.bands]}
     project.save_run(record, run.name, kept, run.seed, state, inputs)

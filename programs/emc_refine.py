@@ -7,12 +7,19 @@ until neither changes. Writes average.mrc, half1.mrc, half2.mrc, mask.mrc, fsc.j
 it), run.json and the particles into a numbered folder. Limits are about the poses that the set has. References are the
 half maps, each frequency weighed by what both agree on there: in all directions, in its own, or in each place (--filter).
 
+With --classes every particle is compared with each class, made without it, and belongs to each as its images say: of one
+reference, after a refinement as one, by what particles differ in; of one for each class; of none, the set's own classes.
+Writes class_1.mrc, ... with their half maps, classes.html, montage.png, and the classes into the particles.
+
     emc_refine ribo --reference initial.mrc --startres 50
     emc_refine ribo --reference initial.mrc --startres 30 --local          # poses are nearly right already
     emc_refine spt_00 --reference spt_00/average.mrc --local --iterations 2
     emc_refine ribo_bin1 --particles spt_00 --reference spt_00/average.mrc --local    # the same particles, finer pixels
     emc_refine spikes --reference spike.mrc --max-tilt 20 --max-shift 30   # axes are known from the membrane
     emc_refine tubes --reference tube.mrc --symmetry helix:9.4,-27.7 --max-tilt 15
+    emc_refine ribo --reference initial.mrc --classes 3                    # refined, divided, refined in three classes
+    emc_refine pca_00 --classes 3 --focus domain.mrc                       # the classes of emc_cluster
+    emc_refine mix --reference a.mrc --reference b.mrc --classes 2 --startres 40
     emc_refine ribo --reference initial.mrc --path spt_00 --resume         # go on where it stopped
 """
 
@@ -20,10 +27,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from libemc import project, records, refinements
+from libemc import class_refinements, project, records, refinements
 from libemc.cli import Program, Run, options
 from libemc.errors import InputError
 from libemc.methods.refine import align, iteration, references, schedule
@@ -31,16 +39,15 @@ from libemc.methods.refine.limits import Limits
 from libemc.numerics.symmetry import operators
 
 KEPT = ("set_or_run", "particles", "reference", "startres", "local", "max_shift", "max_angle", "max_tilt", "symmetry", "mask",
-        "focus", "filter", "keep", "own_noise", "no_motion")  # fmt: skip
+        "focus", "filter", "keep", "own_noise", "no_motion", "classes")  # fmt: skip
 """Options that a resumed run must repeat."""
-MANY = 0.2
-"""Share of the particles at the limit of their shifts that is worth a warning."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The program's own options."""
     options.set_or_run(parser)
-    options.reference(parser, required=True)
+    options.reference(parser)
+    options.classes(parser)
     parser.add_argument("--startres", type=options.positive, default=50.0, metavar="A",
                         help="resolution of the reference at the start, in Å")  # fmt: skip
     options.particles(parser)
@@ -73,17 +80,11 @@ def limits_of(args: argparse.Namespace, box: int, pixel_size: float) -> Limits:
     return Limits(args.max_shift / pixel_size, args.max_angle, args.max_tilt)
 
 
-def warn_of_limits(run: Run, count: int, stuck: int) -> None:
-    """Say so when many of the particles could go no farther."""
-    if stuck > MANY * count:
-        run.warn(f"{stuck} of {count} particles are at the limit of --max-shift; is the reference off its centre?")
-
-
 def main(args: argparse.Namespace, run: Run) -> None:
     """Check, then iterate until convergence, with all of the state in the run's folder after each iteration."""
     if run.resume and not args.path:
         raise InputError("--resume of what?", remedy="give the folder of the run with --path")
-    files = filter(None, [args.reference, args.mask, args.focus])
+    files = [*(args.reference or ()), *filter(None, [args.mask, args.focus])]
     inputs = [*(run.particles(s) for s in (args.set_or_run, args.particles) if s), *map(run.input, files)]
     head, start = project.open_particles(args.set_or_run)
     start = refinements.with_poses_of(start, args.particles) if args.particles else start
@@ -92,53 +93,64 @@ def main(args: argparse.Namespace, run: Run) -> None:
     limits = limits_of(args, box, pixel_size)
     if args.startres < 2 * pixel_size:
         raise InputError(f"--startres {args.startres:g} is beyond Nyquist", remedy=f"give {2 * pixel_size:g} or more")
-    reference, mask = (
-        project.read_map(args.reference, box, pixel_size),
-        project.mask_or_sphere(args.mask, box, pixel_size),
-    )
+    class_refinements.check(args.classes, args.reference or [], start, args.set_or_run)
+    maps = [project.read_map(path, box, pixel_size) for path in args.reference or ()]
+    mask = project.mask_or_sphere(args.mask, box, pixel_size)
     focus = project.read_mask(args.focus, box, pixel_size) if args.focus else mask
     project.need_halves(start, args.set_or_run)
     count = sum(int(p.use.sum()) for p in start)
-    if run.plan(f"refine {count} particles in a box of {box} at {pixel_size:g} Å", disk=6 * 4 * box**3):
+    what = f"refine {count} particles in a box of {box} at {pixel_size:g} Å"
+    if run.plan(what + f" in {args.classes} classes" * (args.classes > 1), disk=(3 + 3 * args.classes) * 4 * box**3):
         return
     kept = project.plain({name: getattr(args, name) for name in KEPT})
     folder = args.path or records.next_run_directory("spt")
     record = folder / "run.json"
-    names, again = (record.name, "index.html", *project.AVERAGE_FILES), run.resume and record.exists()
-    outputs = {name: run.output(folder / name, owned=again) for name in names}
-    past, series = list[schedule.Done](), start
+    single, again = len(maps) == 1, run.resume and record.exists()
+    names = [*(project.AVERAGE_FILES if single else ()), *(class_refinements.PAGES if args.classes > 1 else ())]
+    run.output(record, owned=again)
+    outputs = {name: run.output(folder / name, owned=again) for name in (*names, "index.html")}
+    past, lines, series = list[schedule.Done](), list[dict[str, Any]](), start
 
     def save(stopped_at: str | None) -> None:
-        used = {**kept, "iterations": args.iterations}
-        project.save_run(record, run.name, used, run.seed, schedule.state_of(past, count), inputs, stopped_at)
+        used, state = {**kept, "iterations": args.iterations}, schedule.state_of(past, count)
+        state |= {"classes": lines} if args.classes > 1 else {}
+        project.save_run(record, run.name, used, run.seed, state, inputs, stopped_at)
 
     if run.resume:
-        past, series = refinements.resume(folder, {**kept, "seed": run.seed}, start)
-        run.log.info(f"{folder} has {len(past)} iterations; going on")
+        past, lines, series = refinements.resume(folder, {**kept, "seed": run.seed}, start)
+        run.log.info(f"{folder} has {len(past) + len(lines)} iterations; going on")
     setup = iteration.Setup(
         mask, focus, references.Filtering(args.filter, mask, pixel_size, run.seed), limits, args.symmetry,
         box * pixel_size / max(args.startres, schedule.JOINED), args.keep, args.own_noise, run.seed, run.memory,
     )  # fmt: skip
-    if past:
-        halves = iteration.next_references(*refinements.read_halves(folder), setup)
-    else:
-        generator = torch.Generator().manual_seed(run.seed)
-        halves = references.starting_references(reference, focus, pixel_size, args.startres, generator)
+    first, motion = schedule.Step(args.startres, exhaustive=not args.local), not args.no_motion
+    step = None
+    if single and not lines:
+        if past:
+            halves = iteration.next_references(*refinements.read_halves(folder), setup)
+        else:
+            generator = torch.Generator().manual_seed(run.seed)
+            halves = references.starting_references(maps[0], focus, pixel_size, args.startres, generator)
+        step = schedule.next_step(past, first, box, pixel_size, args.iterations, motion)
+    if not past and not lines:
         save("iteration 1")
-    first = schedule.Step(args.startres, exhaustive=not args.local)
-    step = schedule.next_step(past, first, box, pixel_size, args.iterations, not args.no_motion)
     while step is not None:
         before, out = series, iteration.iteration(series, start, halves, step, setup, run.progress)
         halves, series = out.references, project.save_run_particles(folder, head, out.series, str(args.set_or_run))
         past.append(out.done)
         project.write_average(outputs, out.maps, out.average, mask, pixel_size)
         refinements.save_slices(run.output(folder / refinements.SLICES.format(len(past)), owned=True), out.average)
-        step = schedule.next_step(past, first, box, pixel_size, args.iterations, not args.no_motion)
-        save(None if step is None else f"iteration {len(past) + 1}")
+        step = schedule.next_step(past, first, box, pixel_size, args.iterations, motion)
+        save(None if step is None and args.classes == 1 else f"iteration {len(past) + 1}")
         refinements.write_page(outputs["index.html"], folder, kept, past, (start, before, series))
         run.result(schedule.line_of(len(past), past[-1]))
-    warn_of_limits(run, count, align.at_the_limit(start, series, args.max_shift) if args.max_shift else 0)
-    run.result(f"{folder}: {count} particles, {past[-1].resolution:.2f} Å at FSC 0.143 after {len(past)} iterations")
+    if args.classes > 1:
+        going = class_refinements.Going(start, head, str(args.set_or_run), first, args.iterations, motion, folder, save)
+        lines = class_refinements.sort(series, maps, args.classes, setup, going, lines, run)
+    elif args.max_shift:
+        refinements.warn_of_limits(run, count, align.at_the_limit(start, series, args.max_shift))
+    done = f"{past[-1].resolution:.2f} Å at FSC 0.143" if args.classes == 1 else f"{len(lines[-1]['numbers'])} classes"
+    run.result(f"{folder}: {count} particles, {done} after {len(past) + len(lines)} iterations")
 
 
 program = Program(

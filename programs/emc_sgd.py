@@ -51,7 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.set_or_run(parser)
     options.class_numbers(parser)
     options.resolution(parser, default=40.0)
-    parser.add_argument("--classes", type=options.count, default=1, metavar="N", help="number of models")
+    options.classes(parser)
     parser.add_argument(
         "--diameter", type=options.positive, metavar="A", help="of the sphere that holds the particle, Å"
     )

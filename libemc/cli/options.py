@@ -296,7 +296,10 @@ symmetry = _option(
     "--symmetry", default="c1", metavar="G", help="symmetry: c1, c7, d2, t, o, i ..., or helix:RISE,TWIST (Å, degrees)"
 )
 mask = _option("--mask", type=Path, metavar="MAP", help="mask, a map from 0 to 1 on the same grid")
-reference = _option("--reference", type=Path, metavar="MAP", help="reference map, white")
+reference = _option(
+    "--reference", type=Path, action="append", metavar="MAP", help="reference map, white; again for each further class"
+)
+classes = _option("--classes", type=count, metavar="N", default=1, help="number of classes to sort particles into")
 keep = _option("--keep", type=share, metavar="X", help="share to keep, the best (default: all but what fits too badly)")
 box = _option("--box", type=box_size, metavar="N", help="box size in pixels, after binning")
 binning = _option("--bin", dest="binning", type=count, metavar="N", help="binning: an output pixel is N pixels wide")
