@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -266,20 +268,20 @@ def analyse(series: Sequence[Particles], mask: Tensor, plan: Plan, folder: Path,
     diff = differences.gathered(batches, frame, *_room(len(learnt), frame, folder, run.memory))
     small = frame.small_mask(mask)
     known = axes_of.known_axes(frame, frame.maps(diff.mean) * small) if plan.em else None
-    found: list[tuple[slice, Axes, Spectrum]] = []
+    found: list[tuple[Problem, Axes, Spectrum]] = []
     for number, band in enumerate(band_slices(frame, plan.scales)):
         problem = Problem(diff, band, small, known, device=str(run.device))
+        variance = axes_of.noise_variance(problem, plan.generator(number), run.progress)
+        problem = replace(problem, variance=variance)
         axes = axes_of.find(problem, plan.count, plan.generator(number), plan.em, run.progress)
-        count = min(plan.count, len(diff) - 1)
-        noise = axes_of.noise_spectrum(problem, count, plan.generator(number), plan.em, run.progress)
-        found.append((band, axes, Spectrum(axes.strength if plan.em else axes.singular, noise)))
+        found.append((problem, axes, axes_of.spectrum(problem, axes, plan.generator(number), plan.em, run.progress)))
     places = _coordinates(series, members, learnt, diff, found, known, run)
     if not plan.em:
         places = [c.typical() for c in places]
     groups = coordinates.sampling(series, members)
     bands = [
-        BandResult(name, ends, band, axes, spectrum, c, coordinates.explained(c.likely, groups))
-        for name, ends, (band, axes, spectrum), c in zip(
+        BandResult(name, ends, problem.band, axes, spectrum, c, coordinates.explained(c.likely, groups))
+        for name, ends, (problem, axes, spectrum), c in zip(
             plan.names, band_edges(plan.scales), found, places, strict=True
         )
     ]
@@ -299,24 +301,27 @@ def _coordinates(
     members: list[Member],
     learnt: list[Member],
     diff: Differences,
-    found: Sequence[tuple[slice, Axes, Spectrum]],
+    found: Sequence[tuple[Problem, Axes, Spectrum]],
     known: Tensor | None,
     run: Run,
 ) -> list[Coordinates]:
     """Of all particles in each band: of those learnt from, and of the rest as they are read."""
     device = str(run.device)
-    inside = [None if known is None else known[:, band] for band, *_ in found]
-    parts = [
-        [coordinates.coordinates(diff.blocks(band, device), axes, own, device)]
-        for (band, axes, _), own in zip(found, inside, strict=True)
-    ]
+    bands = [problem.band for problem, *_ in found]
+
+    def of(blocks: Any, band: int) -> Coordinates:
+        problem, axes, _ = found[band]
+        own = None if known is None else known[:, problem.band]
+        return coordinates.coordinates(blocks, axes, own, problem.variance, device)
+
+    parts = [[of(diff.blocks(band, device), k)] for k, band in enumerate(bands)]
     among = set(learnt)
     rest = [m for m in members if m not in among]
     if rest:
         batches = differences.read(series, rest, diff.frame, run.memory // 4, run.progress, "project")
-        for blocks in coordinates.difference_blocks(batches, diff, [band for band, *_ in found], device):
-            for part, block, (_, axes, _), own in zip(parts, blocks, found, inside, strict=True):
-                part.append(coordinates.coordinates(iter([block]), axes, own, device))
+        for blocks in coordinates.difference_blocks(batches, diff, bands, device):
+            for k, block in enumerate(blocks):
+                parts[k].append(of(iter([block]), k))
     order = {m: k for k, m in enumerate([*learnt, *rest])}
     index = torch.tensor([order[m] for m in members])
     whole = [Coordinates(torch.cat([p.b for p in part]), torch.cat([p.a for p in part])) for part in parts]
@@ -443,7 +448,7 @@ def read_coordinates(folder: Path, bands: Sequence[Mapping[str, Any]]) -> tuple[
                 a[:, i, j] = lower
                 a[:, j, i] = lower
                 found[band["scale"]] = Coordinates(b, a)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError("can't be read", path, "run emc_pca again") from error
     return ids, found
 

@@ -48,6 +48,7 @@ class Clustered:
     ids: list[str]
     mask: torch.Tensor
     whole: torch.Tensor
+    symmetry: str
     trials: list[Trial]
     bands: list[object]
 
@@ -56,7 +57,7 @@ def write(folder: Path, found: Clustered, chosen: int, run: Run) -> None:
     """Everything of one number of clusters."""
     args, head, ids, trial = found.args, found.head, found.ids, found.trials[chosen]
     series = classifications.with_classes(found.series, ids, trial)
-    classes = classifications.class_averages(series, trial.count, found.mask, head.symmetry, run)
+    classes = classifications.class_averages(series, trial.count, found.mask, found.symmetry, run)
     views = classifications.class_views(classes, trial.labels + 1, trial.confidence, found.whole)
     classifications.write_class_maps(folder, classes, head.pixel_size, run)
     by_series = classifications.populations(series, trial.count)
@@ -98,7 +99,8 @@ def main(args: argparse.Namespace, run: Run) -> None:
     for k, folder in folders.items():
         classifications.claim(folder, trials[k].count, run)
     records.update(run.output(path, owned=True), lambda old: old, records.Run)
-    clustered = Clustered(args, head, series, ids, mask, (halves[0] + halves[1]) / 2, trials, bands)
+    whole, symmetry = (halves[0] + halves[1]) / 2, str(record.options["symmetry"])
+    clustered = Clustered(args, head, series, ids, mask, whole, symmetry, trials, bands)
     for one in trials:
         run.result(classifications.trial_line(one))
     for k, folder in folders.items():

@@ -22,6 +22,7 @@ import argparse
 from libemc import principal_axes, project, records
 from libemc.cli import Program, Run, options
 from libemc.methods import average
+from libemc.numerics.symmetry import operators
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +46,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
     head, series = project.open_particles(args.set_or_run, class_numbers=args.class_numbers)
     series = [p.using(p.use & (p.weight > 0)) for p in series]
     box, pixel_size, symmetry = head.box, head.pixel_size, args.symmetry or head.symmetry
+    operators(symmetry, box * pixel_size)
     scales = principal_axes.scales_of(args.scales, box, pixel_size)
     plan = principal_axes.Plan(scales, args.axes, args.components == "probabilistic", args.subset, run.seed)
     if args.mask:

@@ -1,7 +1,7 @@
 """Bad input to every program: exit 2, one line that names the file and a remedy, and nothing left half-written.
 
-One small project with a tilt series, its particles, an average and a refinement is made once; each case spoils one
-thing in a copy of it and runs one program. What a program may leave are locks, logs and empty folders of its own.
+One small project with a tilt series, its particles, a refinement and an analysis of their differences is made once; each
+case spoils one thing in a copy of it and runs one program. What a program may leave are locks, logs and empty folders of its own.
 A full disk is a system call that fails as it does then; a read-only folder likewise (root may write anywhere).
 """
 
@@ -46,6 +46,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for argv in (
             "emc_extract TS_01 --label ribo --set ribo --box 24",
             "emc_refine ribo --reference ref.mrc --startres 14 --local --iterations 1 --path spt_00",
+            "emc_pca ribo --scales 12 --axes 2 --path pca_00",
         ):
             program, *words = argv.split()
             assert importlib.import_module(program).program.main([*words, "--quiet"]) == 0
@@ -285,6 +286,9 @@ RESUME = "emc_refine ribo --reference ref.mrc --startres 14 --local --iterations
 SUBTILT = "emc_subtilt spt_00 --path sub_00 --quiet"
 TOMOCPR = "emc_tomocpr spt_00 --path cpr_00 --quiet"
 TWO = "emc_tomocpr spt_00 other_run --path cpr_00 --no-record --quiet"
+PCA = "emc_pca ribo --scales 12 --axes 2 --path pca_01 --quiet"
+CLUSTER = "emc_cluster pca_00 --along 12:1 --quiet"
+MAPBACK = "emc_mapback spt_00 --pixel-size 8 --quiet"
 TOMOGRAM = "emc_tomogram TS_01 --load --bin 2 --quiet"
 TOMOCTF = "emc_tomoctf TS_01 --quiet"
 MATCH = "emc_tempmatch TS_01 --template ref.mrc --resolution 10 --quiet"
@@ -535,6 +539,89 @@ CASES = {
         TOMOCPR, write("cpr_00/average.mrc", "mine"), "cpr_00/average.mrc", "did not write it",
     ),
     "tomocpr: disk full": case(TOMOCPR, FULL, "cpr_00/", "no space left"),
+    # differences, classes, and where they lie
+    "pca: no such set": case(PCA.replace("ribo", "rib"), None, "rib", "there are the sets ribo"),
+    "pca: no images": case(PCA, both(gone(STACK), gone(RAW)), RAW, "is missing"),
+    "pca: constant stack": case(PCA, lambda _: fill(1), "ribo", "no contrast"),
+    "pca: nobody is used": case(PCA, everyone("use", False), "ribo", "no particles to use"),
+    "pca: no such class": case(f"{PCA} --class 7", None, "ribo", "no particles to use"),
+    "pca: one half only": case(PCA, everyone("half", 1), "ribo", "half 2 has no images"),
+    "pca: two particles": case(
+        PCA, both(*(put(FILE, "particles", i, "half", value=1 + i % 2) for i in (0, 1)),
+                  *(put(FILE, "particles", i, "use", value=False) for i in (2, 3))), "ribo", "2 particles", "3 or more",
+    ),
+    "pca: a subset of two": case(f"{PCA} --subset 2", None, "--subset", "2 particles", "3 or more"),
+    "pca: a subset of none": case(f"{PCA} --subset 0", None, "--subset", "not 1 or more"),
+    "pca: no axes": case(f"{PCA} --axes 0", None, "--axes", "not 1 or more"),
+    "pca: beyond Nyquist": case(f"{PCA} --scales 12,3", None, "--scales", "3 is not within 4 to 16 Å"),
+    "pca: larger than the box": case(f"{PCA} --scales 60,12", None, "--scales", "60 is not within 4 to 16 Å"),
+    "pca: a scale twice": case(f"{PCA} --scales 12,6,12.0", None, "--scales", "twice"),
+    "pca: scales in words": case(f"{PCA} --scales fine", None, "--scales", "'fine' is not a number"),
+    "pca: NaN for a scale": case(f"{PCA} --scales nan", None, "--scales", "not finite"),
+    "pca: no scale": case(f"{PCA} --scales=", None, "--scales"),
+    "pca: unknown components": case(f"{PCA} --components ica", None, "--components", "svd"),
+    "pca: unknown symmetry": case(f"{PCA} --symmetry q7", None, "q7", "cN"),
+    "pca: no mask": case(f"{PCA} --mask none.mrc", None, "none.mrc", "no such file"),
+    "pca: mask of another box": case(
+        f"{PCA} --mask m.mrc", volume("m.mrc", ONES[:20, :20, :20]), "m.mrc", "emc_mask",
+    ),
+    "pca: mask of zeros": case(f"{PCA} --mask m.mrc", volume("m.mrc", 0 * ONES), "m.mrc", "emc_mask"),
+    "pca: mask to 5": case(f"{PCA} --mask m.mrc", volume("m.mrc", 5 * CUBE), "m.mrc", "from 0 to 1"),
+    "pca: another's folder": case(
+        PCA.replace("pca_01", "avg"), write("avg/average.mrc", "mine"), "avg/average.mrc", "did not write it",
+    ),
+    "pca: onto a refinement": case(PCA.replace("pca_01", "spt_00"), None, "spt_00/run.json", "did not write it"),
+    "pca: folder is a file": case(PCA, write("pca_01", "a file"), "pca_01", "is a file, not a folder"),
+    "pca: read-only folder": case(PCA, read_only, "can't be written to"),
+    "pca: no room": case(PCA, NO_ROOM, "free some space"),
+    "pca: disk full": case(PCA, FULL, "pca_01/", "no space left"),
+    "cluster: a set": case("emc_cluster ribo", None, "ribo", "no run of emc_pca"),
+    "cluster: a refinement": case("emc_cluster spt_00", None, "spt_00", "no run of emc_pca"),
+    "cluster: no such run": case("emc_cluster pca_07", None, "pca_07", "no run of emc_pca"),
+    "cluster: not finished": case(
+        CLUSTER, put("pca_00/run.json", "stopped_at", value="maps"), "pca_00", "not finished", "emc_pca again",
+    ),
+    "cluster: broken run": case(CLUSTER, cut("pca_00/run.json", 200), "pca_00/run.json", "JSON"),
+    "cluster: no coordinates": case(CLUSTER, gone("pca_00/coordinates.npz"), "pca_00/coordinates.npz", "emc_pca again"),
+    "cluster: cut coordinates": case(
+        CLUSTER, cut("pca_00/coordinates.npz", 300), "pca_00/coordinates.npz", "can't be read",
+    ),
+    "cluster: no particles": case(CLUSTER, gone("pca_00/particles/TS_01.json"), "pca_00/particles/TS_01.json"),
+    "cluster: no images": case(CLUSTER, both(gone(STACK), gone(RAW)), RAW, "is missing"),
+    "cluster: no mask": case(CLUSTER, gone("pca_00/mask.mrc"), "pca_00/mask.mrc", "no such file"),
+    "cluster: along no scale": case(CLUSTER.replace("12:1", "30:1"), None, "--along", "no scale of 12"),
+    "cluster: along no axis": case(CLUSTER.replace("12:1", "12:3"), None, "--along", "no axis from 1 to 2"),
+    "cluster: along nonsense": case(CLUSTER.replace("12:1", "all"), None, "--along", "'all'"),
+    "cluster: along nothing": case(CLUSTER.replace("12:1", "12"), None, "--along", "no axis from 1 to 2"),
+    "cluster: more than particles": case(f"{CLUSTER} --clusters 2,5", None, "--clusters", "5 clusters of 4 particles"),
+    "cluster: none": case(f"{CLUSTER} --clusters 0", None, "--clusters", "'0'"),
+    "cluster: many": case(f"{CLUSTER} --clusters many", None, "--clusters", "neither auto nor"),
+    "cluster: unknown method": case(f"{CLUSTER} --method som", None, "--method", "hierarchical"),
+    "cluster: another's map": case(
+        f"{CLUSTER} --clusters 1", write("pca_00/class_1.mrc", "mine"), "pca_00/class_1.mrc", "did not write it",
+    ),
+    "cluster: read-only folder": case(f"{CLUSTER} --clusters 1", read_only, "can't be written to"),
+    "mapback: no such run": case(MAPBACK.replace("spt_00", "spt_07"), None, "spt_07", "no such particle set or run"),
+    "mapback: no such series": case(MAPBACK.replace("spt_00", "spt_00 TS_02"), None, "TS_02", "there are TS_01"),
+    "mapback: a set without a map": case(MAPBACK.replace("spt_00", "ribo"), None, "ribo", "--average"),
+    "mapback: no map": case(f"{MAPBACK} --average none.mrc", None, "none.mrc", "no such file"),
+    "mapback: a constant map": case(f"{MAPBACK} --average m.mrc", volume("m.mrc", ONES), "m.mrc", "the same everywhere"),
+    "mapback: NaN in the map": case(f"{MAPBACK} --average m.mrc", volume("m.mrc", HOLE), "m.mrc", "not finite"),
+    "mapback: too many maps": case(f"{MAPBACK} --average ref.mrc --average other.mrc", None, "--average", "2 maps"),
+    "mapback: no such class": case(f"{MAPBACK} --class 7", None, "spt_00", "no particles to"),
+    "mapback: no record": case(MAPBACK, gone(INFO), INFO, "no such file"),
+    "mapback: no pixels": case(f"{MAPBACK} --pixel-size 0", None, "--pixel-size", "not above zero"),
+    "mapback: like nothing": case(
+        "emc_mapback spt_00 --like none.mrc --quiet", None, "none.mrc", "no such file",
+    ),
+    "mapback: unknown colour": case(f"{MAPBACK} --colour red", None, "--colour", "score"),
+    "mapback: another's file": case(
+        MAPBACK, write("mapback/TS_01.star", "mine"), "mapback/TS_01.star", "did not write it",
+    ),
+    "mapback: folder is a file": case(MAPBACK, write("mapback", "a file"), "mapback", "is a file, not a folder"),
+    "mapback: read-only folder": case(MAPBACK, read_only, "can't be written to"),
+    "mapback: no room": case(MAPBACK, NO_ROOM, "free some space"),
+    "mapback: disk full": case(MAPBACK, FULL, "mapback/", "no space left"),
     # selection
     "select: nothing": case("emc_select --set new", None, "particle sets", "--label"),
     "select: sets and picks": case(f"{SELECT} --label ribo", None, "particle sets", "--label"),

@@ -14,6 +14,7 @@ neighbours, and all weights stay what they are, and what particles have in commo
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +23,6 @@ from torch import Tensor
 from libemc.methods.classify.differences import Differences
 from libemc.methods.classify.frame import Frame
 from libemc.methods.subtilts import Progress
-from libemc.numerics import fourier
 
 ITERATIONS = 8
 """Of EM: what is left to gain after them is fitted noise."""
@@ -34,13 +34,23 @@ DISPLACEMENT = 0.2
 """Farthest displacement, in box lengths."""
 RIDGE = 1e-3
 """Of the mean weight, added to the weight of every coefficient of an axis: what no particle shows is left dark."""
-CONTRAST, SHIFT, TURN = 0.1, 0.3, 0.02
-"""Deviations of the known axes at the start: relative, voxels of the small cube, radians."""
+CONTRAST, SHIFT, TURN = 0.3, 0.6, 0.2
+"""Deviations of the known axes before they are fitted: relative, voxels of the small cube, radians."""
+DRAWS = 64
+"""Maps of noise that the differences' noise is measured with."""
+KNOWN_STEPS = 6
+"""Of EM for the known axes alone, which come before all others: a free axis along one of them would be as likely."""
 POINTS_AT_ONCE = 4096
 """Coefficients whose equations are solved at a time."""
 GAP = 3
 """Axes of noise after the first, whose distance from it is taken for how much the first is up to chance."""
-UNSURE = 0.1
+STRONG = 2.0
+"""Times the floor, above which an axis is taken off before noise is measured again."""
+LEAST_STRENGTH = 0.1
+"""Of an axis: along a weaker one a mean particle's place is known to a third of nothing."""
+GAPS = 1.5
+"""Times that distance by which an axis must be above noise at least."""
+UNSURE = 0.15
 """Part of the strength of noise that an axis must be above it at least: displaced noise is the same to within a few percent."""
 
 
@@ -52,7 +62,9 @@ class Problem:
         band: which of the frame's points take part.
         mask: (s, s, s) of the small cube, in 0 ... 1.
         known: (7, Q) complex64 of `known_axes`; None: no known axes.
-        displaced: (N, 3) box lengths by which each particle's difference map is displaced; None: by nothing.
+        taken: columns (m, q) and places (N, m) along them that are taken off first; None: nothing.
+        displaced: (N, 3) box lengths by which each particle's difference map is displaced then; None: by nothing.
+        variance: of the noise in a product with a map within the mask, as a part of what the weights say.
         device: where products are computed.
     """
 
@@ -60,7 +72,9 @@ class Problem:
     band: slice
     mask: Tensor
     known: Tensor | None
+    taken: tuple[Tensor, Tensor] | None = None
     displaced: Tensor | None = None
+    variance: float = 1.0
     device: str = "cpu"
 
 
@@ -92,7 +106,7 @@ def known_axes(frame: Frame, average: Tensor) -> Tensor:
     line = torch.arange(frame.small, dtype=torch.float32) - frame.small // 2
     z, y, x = torch.meshgrid(line, line, line, indexing="ij")
     by_z, by_y, by_x = torch.gradient(average.float())
-    turns = [y * by_z - z * by_y, z * by_x - x * by_z, x * by_y - y * by_x]
+    turns = [z * by_y - y * by_z, x * by_z - z * by_x, y * by_x - x * by_y]
     shifts = [ball * (-2j * math.pi / frame.small) * axis for axis in frame.points.float()]
     return torch.stack([ball, *shifts, *(frame.balls(turn) for turn in turns)])
 
@@ -105,7 +119,7 @@ def displacements(count: int, generator: torch.Generator) -> Tensor:
 
 def _weakening(frame: Frame, mask: Tensor, displaced: Tensor) -> Tensor:
     """(N,) by how much less noise comes to lie in the mask when it is displaced: the insertion kernel fades it outwards."""
-    power = frame.envelope(frame.small) ** 2
+    power = frame.envelope() ** 2
     spectrum = torch.fft.rfftn(power) * torch.fft.rfftn(mask).conj()
     overlap = torch.fft.irfftn(spectrum, s=power.shape).clamp_min(0)
     voxel = (-displaced * frame.small).round().long() % frame.small
@@ -113,22 +127,26 @@ def _weakening(frame: Frame, mask: Tensor, displaced: Tensor) -> Tensor:
 
 
 class _Blocks:
-    """The difference maps of a problem, block by block."""
+    """The difference maps of a problem, block by block: what is taken off them, displaced, and in units of their noise."""
 
     def __init__(self, problem: Problem, progress: Progress | None) -> None:
         self.problem, self.progress = problem, progress
         frame, displaced = problem.differences.frame, problem.displaced
-        self.points = frame.points[:, problem.band].double() * (frame.length / (frame.padded * frame.pixel_size))
+        self.points = frame.points[:, problem.band].double()
         self.factor = None if displaced is None else _weakening(frame, problem.mask, displaced)
 
-    def __call__(self, label: str) -> object:
+    def __call__(self, label: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
         p = self.problem
         for here, data, weight in p.differences.blocks(p.band, p.device, self.progress, label):
+            if p.taken is not None:
+                columns, places = p.taken
+                data = data - weight * (places[here].to(columns) @ columns).to(data.device)
             if p.displaced is not None and self.factor is not None:
                 turns = p.displaced[here] @ self.points
-                phase = torch.polar(1 / self.factor[here, None].expand_as(turns), (-2 * torch.pi * turns).float())
+                size = (1 / self.factor[here, None]).double().expand_as(turns)
+                phase = torch.polar(size, -2 * torch.pi * (turns - turns.round())).to(data.dtype)
                 data = data * phase.to(data.device)
-            yield here, data, weight
+            yield here, data / p.variance, weight / p.variance
 
 
 def _flat(balls: Tensor) -> Tensor:
@@ -154,29 +172,14 @@ class _Projector:
 
     def to_space(self, balls: Tensor) -> Tensor:
         """(k, s³): plain transforms of balls, masked: the adjoint of `to_balls`."""
-        s = self.frame.small
-        x, y, z = self.frame.points
-        out = []
-        for ball in self.whole(balls):
-            spectrum = ball.new_zeros((s, s, s // 2 + 1))
-            spectrum[z % s, y % s, x] = ball
-            edge = x == 0
-            spectrum[-z[edge] % s, -y[edge] % s, x[edge]] = ball[edge].conj()
-            out.append((fourier.irfftn_centred(spectrum, (s,) * 3) * self.mask).flatten() * s**1.5)
-        return torch.stack(out)
+        scale = self.frame.small**1.5
+        return torch.stack([(self.frame.plain_maps(b) * self.mask).flatten() * scale for b in self.whole(balls)])
 
     def to_balls(self, maps: Tensor) -> Tensor:
         """(k, q): plain transforms of masked maps (k, s³)."""
-        s = self.frame.small
-        x, y, z = self.frame.points[:, self.band]
-        maps = maps.reshape(-1, s, s, s)
-        return torch.stack([fourier.rfftn_centred(m * self.mask, 3)[z % s, y % s, x] / s**1.5 for m in maps])
-
-    def unfaded(self, balls: Tensor) -> Tensor:
-        """What plain transforms of masked maps (k, q) are as balls that stand for maps."""
-        maps = self.to_space(balls).reshape(-1, *self.mask.shape) / self.frame.small**1.5
-        noise = self.frame.noise.sqrt()
-        return torch.stack([(self.frame.balls(m) / noise)[self.band] for m in maps])
+        scale = self.frame.small**1.5
+        cubes = maps.reshape(-1, *self.mask.shape)
+        return torch.stack([self.frame.plain_balls(m * self.mask)[self.band] / scale for m in cubes])
 
 
 def singular_vectors(
@@ -199,7 +202,7 @@ def singular_vectors(
     for step in range(SUBSPACE):
         right = projector.to_balls(maps).to(problem.device)
         total = torch.zeros(width, right.shape[1] * 2, device=problem.device)
-        for here, data, _ in blocks(f"singular vectors {step + 1}"):  # type: ignore[attr-defined]
+        for here, data, _ in blocks(f"singular vectors {step + 1}"):
             flat = _flat(data)
             part = 2 * flat @ _flat(right).T
             scores[here] = part.double().cpu()
@@ -209,7 +212,7 @@ def singular_vectors(
             maps = torch.linalg.qr(projector.to_space(back).T)[0].T
     _, singular, turn = torch.linalg.svd(scores, full_matrices=False)
     best = turn[:count].to(maps.dtype) @ maps
-    return projector.unfaded(projector.to_balls(best)), singular[:count]
+    return projector.to_balls(best), singular[:count]
 
 
 def statistics(data: Tensor, weight: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,8 +267,12 @@ def _solved(moments: Tensor, right: Tensor) -> Tensor:
     return out
 
 
-def _iteration(problem: Problem, axes: Tensor, precision: Tensor, blocks: _Blocks, label: str) -> tuple[Tensor, Tensor]:
-    """One step of EM: new axes (k, q), of coordinates with unit second moments, and new precisions (m,) of the known ones."""
+def _iteration(problem: Problem, axes: Tensor, precision: Tensor, blocks: _Blocks, label: str) -> Tensor:
+    """One step of EM: new axes (k, q), of coordinates with unit second moments.
+
+    Args:
+        precision: (m,) of the known axes.
+    """
     k, known = len(axes), problem.known
     columns = axes if known is None else torch.cat([axes, known[:, problem.band].to(axes)])
     m = len(columns) - k
@@ -274,11 +281,11 @@ def _iteration(problem: Problem, axes: Tensor, precision: Tensor, blocks: _Block
     q, device = axes.shape[1], axes.device
     moments, across = torch.zeros(q, len(i), device=device), torch.zeros(q, k * m, device=device)
     right = torch.zeros(q * 2, k, device=device)
-    second = torch.zeros(k + m, k + m, dtype=torch.float64)
-    for _, data, weight in blocks(label):  # type: ignore[attr-defined]
+    second = torch.zeros(k, k, dtype=torch.float64)
+    for _, data, weight in blocks(label):
         mean, covariance = posterior(*statistics(data, weight, columns), prior)
         each = mean[:, :, None] * mean[:, None] + covariance
-        second += each.sum(dim=0)
+        second += each[:, :k, :k].sum(dim=0)
         moments.addmm_(weight.T, each[:, i, j].float().to(device))
         right.addmm_(_flat(data).T, mean[:, :k].float().to(device))
         if m:
@@ -288,15 +295,42 @@ def _iteration(problem: Problem, axes: Tensor, precision: Tensor, blocks: _Block
     if m:
         wanted = wanted - torch.einsum("qkm,mq->qk", across.reshape(q, k, m).to(wanted.dtype), columns[k:])
     new = _Projector(problem).masked(_solved(moments, wanted).T).to(device)
-    value, vector = torch.linalg.eigh(second[:k, :k])
+    value, vector = torch.linalg.eigh(second)
     root = (vector * value.sqrt()) @ vector.T
-    return root.to(new.dtype).to(device) @ new, 1 / torch.diagonal(second)[k:]
+    return root.to(new.dtype).to(device) @ new
+
+
+def noise_variance(problem: Problem, generator: torch.Generator, progress: Progress | None = None) -> float:
+    """Variance of the products of a typical particle's differences with maps of noise within the mask, over what W says."""
+    frame = problem.differences.frame
+    drawn = torch.randn(DRAWS, *problem.mask.shape, generator=generator) * problem.mask
+    columns = torch.stack([frame.balls(m)[problem.band] for m in drawn]).to(problem.device)
+    power = (columns.abs() ** 2).mean(dim=0)
+    found = []
+    for _, data, weight in _Blocks(problem, progress)("noise"):
+        product = 2 * (_flat(data) @ _flat(columns).T)
+        found.append(((product**2).mean(dim=1) / (2 * weight @ power).clamp_min(1e-30)).cpu())
+    return max(float(torch.cat(found).median()), 1e-6) * problem.variance
+
+
+def known_places(problem: Problem, progress: Progress | None = None) -> tuple[Tensor, Tensor]:
+    """Precisions (m,) of the coordinates along the known axes, there being no others, and those coordinates (N, m)."""
+    if problem.known is None:
+        return torch.empty(0, dtype=torch.float64), torch.empty(len(problem.differences), 0, dtype=torch.float64)
+    columns = problem.known[:, problem.band].to(problem.device)
+    parts = [statistics(d, w, columns) for _, d, w in _Blocks(problem, progress)("known axes")]
+    b, a = (torch.cat(each) for each in zip(*parts, strict=True))
+    precision = torch.tensor([CONTRAST, *[SHIFT] * 3, *[TURN] * 3], dtype=torch.float64) ** -2
+    for _ in range(KNOWN_STEPS):
+        mean, covariance = posterior(b, a, precision)
+        precision = 1 / (mean**2 + torch.diagonal(covariance, dim1=1, dim2=2)).mean(dim=0)
+    return precision, posterior(b, a, precision)[0]
 
 
 def scaled(problem: Problem, axes: Tensor, progress: Progress | None = None) -> Tensor:
     """Axes (k, q) of unit variance, by the coordinates that each has alone."""
     total = torch.zeros(len(axes), dtype=torch.float64)
-    for _, data, weight in _Blocks(problem, progress)("scale"):  # type: ignore[attr-defined]
+    for _, data, weight in _Blocks(problem, progress)("scale"):
         b = 2 * (_flat(data) @ _flat(axes.to(data.device)).T).double().cpu()
         a = 2 * (weight @ (axes.abs() ** 2).T.to(weight)).double().cpu()
         total += ((b / a.clamp_min(1e-30)) ** 2 * (a / a.mean(dim=0)).clamp_max(1.0)).sum(dim=0)
@@ -313,23 +347,23 @@ def find(
         em: go on from the singular vectors to probabilistic principal components.
     """
     count = min(count, len(problem.differences) - 1)
-    axes, singular = singular_vectors(problem, count, generator, progress)
-    axes = scaled(problem, axes, progress).to(problem.device)
-    precision = torch.empty(0, dtype=torch.float64)
-    if problem.known is not None:
-        deviation = torch.tensor([CONTRAST, *[SHIFT] * 3, *[TURN] * 3], dtype=torch.float64)
-        precision = deviation**-2
+    precision, places = known_places(problem, progress)
+    rest = problem
+    if problem.known is not None and problem.taken is None:
+        rest = replace(problem, taken=(problem.known[:, problem.band], places))
+    axes, singular = singular_vectors(rest, count, generator, progress)
+    axes = scaled(rest, axes, progress).to(problem.device)
     blocks = _Blocks(problem, progress)
     for step in range(ITERATIONS if em else 0):
-        axes, precision = _iteration(problem, axes, precision, blocks, f"axes {step + 1}")
-    axes, strength = _ordered(problem.differences, problem.band, axes.cpu())
+        axes = _iteration(problem, axes, precision, blocks, f"axes {step + 1}")
+    axes, strength = _ordered(problem, axes.cpu())
     return Axes(axes, strength, precision, singular)
 
 
-def _ordered(differences: Differences, band: slice, axes: Tensor) -> tuple[Tensor, Tensor]:
+def _ordered(problem: Problem, axes: Tensor) -> tuple[Tensor, Tensor]:
     """Axes turned among themselves so that a mean particle tells their coordinates apart, strongest first."""
-    weight = differences.mean_weight[band]
-    gram = 2 * (_flat(axes * weight) @ _flat(axes).T).double()
+    weight = problem.differences.mean_weight[problem.band]
+    gram = 2 * (_flat(axes * weight) @ _flat(axes).T).double() / problem.variance
     value, vector = torch.linalg.eigh((gram + gram.T) / 2)
     order = value.argsort(descending=True)
     return vector[:, order].T.to(axes.dtype) @ axes, value[order].clamp_min(0)
@@ -341,16 +375,18 @@ class Spectrum:
 
     Attributes:
         strength: (k,); noise: (h,), of the displaced difference maps, both strongest first.
+        least: what an axis must have at least to tell anything, whatever noise has.
     """
 
     strength: Tensor
     noise: Tensor
+    least: float = 0.0
 
     @property
     def floor(self) -> float:
         """What an axis must exceed to be more than noise."""
         first, later = float(self.noise[0]), float(self.noise[min(GAP, len(self.noise) - 1)])
-        return first + max(first - later, UNSURE * first)
+        return max(first + max(GAPS * (first - later), UNSURE * first), self.least)
 
     @property
     def meaningful(self) -> int:
@@ -359,10 +395,33 @@ class Spectrum:
         return above.index(False) if False in above else len(above)
 
 
-def noise_spectrum(
-    problem: Problem, count: int, generator: torch.Generator, em: bool = True, progress: Progress | None = None
-) -> Tensor:
-    """(count,) strengths of the axes of displaced difference maps."""
+def spectrum(
+    problem: Problem, axes: Axes, generator: torch.Generator, em: bool = True, progress: Progress | None = None
+) -> Spectrum:
+    """Axes beside those of the same difference maps displaced.
+
+    What particles have in common along a strong axis makes noise of its own when it is displaced. So axes that are far above
+    the noise are taken off, together with the known ones, and the noise is measured again. Weaker ones are not: taking off an
+    axis of noise would leave less noise than there is.
+
+    Args:
+        axes: of `find`.
+    """
+    count, columns = len(axes.balls), axes.balls.to(problem.device)
+    known = None if problem.known is None else problem.known[:, problem.band].to(columns)
+    every = columns if known is None else torch.cat([known, columns])
+    prior = torch.cat([axes.known_precision, torch.ones(count, dtype=torch.float64)])
+    places = torch.cat(
+        [posterior(*statistics(d, w, every), prior)[0] for _, d, w in _Blocks(problem, progress)("places")]
+    )
+    own = axes.strength if em else axes.singular
     moved = replace(problem, displaced=displacements(len(problem.differences), generator))
-    found = find(moved, count, generator, em, progress)
-    return found.strength if em else found.singular
+    known_count, taken = len(axes.known_precision), 0
+    while True:
+        columns_taken = (every[: known_count + taken], places[:, : known_count + taken])
+        noise = find(replace(moved, taken=columns_taken), count, generator, em, progress)
+        found = Spectrum(own, noise.strength if em else noise.singular, LEAST_STRENGTH if em else 0.0)
+        strong = int((own[: found.meaningful] > STRONG * found.floor).sum()) if em else 0
+        if taken or not strong:
+            return found
+        taken = strong

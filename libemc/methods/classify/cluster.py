@@ -84,8 +84,12 @@ def _weighed(
     return logarithm + share.log(), mean, inside, precision
 
 
-def mixture(points: Coordinates, labels: Labels, steps: int = STEPS) -> Mixture:
-    """Fit a mixture by EM, from a partition (N,) into clusters numbered from 0."""
+def mixture(points: Coordinates, labels: Labels, steps: int = STEPS, held: bool = False) -> Mixture:
+    """Fit a mixture by EM, from a partition (N,) into clusters numbered from 0.
+
+    Args:
+        held: the partition stays as it is; centres and spread are fitted to it.
+    """
     count = int(labels.max()) + 1
     z = points.likely
     chosen = torch.nn.functional.one_hot(torch.from_numpy(labels), count).double()
@@ -94,20 +98,20 @@ def mixture(points: Coordinates, labels: Labels, steps: int = STEPS) -> Mixture:
     least = LEAST_VARIANCE * torch.diag(z.var(dim=0).clamp_min(1e-12))
     rest = z - chosen @ centre
     covariance = rest.T @ rest / len(z) + least
-    before = -math.inf
+    logarithm, mean, inside, _ = _weighed(points, share, centre, covariance)
     for _ in range(steps):
-        logarithm, mean, inside, _ = _weighed(points, share, centre, covariance)
-        likelihood = float(torch.logsumexp(logarithm, dim=1).sum())
-        probability = torch.softmax(logarithm, dim=1)
-        if likelihood - before < SETTLED * len(z):
-            break
-        before = likelihood
+        before = float(torch.logsumexp(logarithm, dim=1).sum())
+        probability = chosen if held else torch.softmax(logarithm, dim=1)
         number = probability.sum(dim=0).clamp_min(1e-9)
         share, centre = number / len(z), torch.einsum("nc,nck->ck", probability, mean) / number[:, None]
         away = mean - centre
         spread = torch.einsum("nc,nci,ncj->ij", probability, away, away) + inside.sum(dim=0)
         covariance = spread / len(z) + least
-    return Mixture(share, centre, covariance, probability, likelihood)
+        logarithm, mean, inside, _ = _weighed(points, share, centre, covariance)
+        if abs(float(torch.logsumexp(logarithm, dim=1).sum()) - before) < SETTLED * len(z):
+            break
+    likelihood = float(torch.logsumexp(logarithm, dim=1).sum())
+    return Mixture(share, centre, covariance, torch.softmax(logarithm, dim=1), likelihood)
 
 
 def partition(
@@ -184,9 +188,7 @@ def _silhouette(points: Coordinates, labels: Labels, seed: int) -> float:
 def trial(points: Coordinates, count: int, method: str, seed: int) -> Trial:
     """Cluster, and judge the clusters."""
     labels = _largest_first(partition(points, count, method, seed))
-    fitted = mixture(points, labels)
-    if method != "mixture":  # the partition stands; the mixture says how sure it is
-        fitted = _about(points, labels)
+    fitted = mixture(points, labels, held=method != "mixture")  # a partition stands; the mixture says how sure it is
     if count == 1:
         return Trial(labels, fitted, math.nan, np.empty(0), math.nan)
     generator = torch.Generator().manual_seed(seed)
@@ -204,21 +206,16 @@ def trial(points: Coordinates, count: int, method: str, seed: int) -> Trial:
     return Trial(labels, fitted, silhouette, np.array(chance), float(np.mean(agreed)))
 
 
-def _about(points: Coordinates, labels: Labels) -> Mixture:
-    """The mixture whose centres are those of a partition."""
-    count, z = int(labels.max()) + 1, points.likely
-    chosen = torch.nn.functional.one_hot(torch.from_numpy(labels), count).double()
-    number = chosen.sum(dim=0).clamp_min(1e-9)
-    share, centre = number / len(z), (chosen.T @ z) / number[:, None]
-    rest = z - chosen @ centre
-    covariance = rest.T @ rest / len(z) + LEAST_VARIANCE * torch.diag(z.var(dim=0).clamp_min(1e-12))
-    logarithm, *_ = _weighed(points, share, centre, covariance)
-    return Mixture(
-        share, centre, covariance, torch.softmax(logarithm, dim=1), float(torch.logsumexp(logarithm, 1).sum())
-    )
-
-
 def proposed(trials: Sequence[Trial]) -> int:
-    """Which of some trials to believe, by place: the best by its criterion among those that are more than chance."""
-    real = [i for i, t in enumerate(trials) if t.real]
-    return min(real or range(len(trials)), key=lambda i: trials[i].mixture.criterion)
+    """Which of some trials to believe, by place.
+
+    One cluster unless some more are both likelier, by the criterion, and farther apart than without structure; of those the
+    ones that are the most apart, by their silhouette. The criterion alone would go on dividing whatever is not a Gaussian.
+    """
+    one = next((i for i, t in enumerate(trials) if t.count == 1), None)
+    real = [i for i, t in enumerate(trials) if t.count > 1 and t.real]
+    if one is not None:
+        real = [i for i in real if trials[i].mixture.criterion < trials[one].mixture.criterion]
+    if real:
+        return max(real, key=lambda i: trials[i].silhouette)
+    return one if one is not None else min(range(len(trials)), key=lambda i: trials[i].mixture.criterion)

@@ -72,19 +72,25 @@ def joined(parts: Sequence[Coordinates]) -> Coordinates:
 
 
 def coordinates(
-    blocks: Iterator[tuple[slice, Tensor, Tensor]], axes: Axes, known: Tensor | None, device: str = "cpu"
+    blocks: Iterator[tuple[slice, Tensor, Tensor]],
+    axes: Axes,
+    known: Tensor | None,
+    variance: float = 1.0,
+    device: str = "cpu",
 ) -> Coordinates:
     """Of particles whose differences and weights come in blocks, whatever their contrast and small errors of their poses are.
 
     Args:
         blocks: as `Differences.blocks` of the axes' band gives them.
         known: (7, q), the known axes within the band; None: none.
+        variance: of the noise, as `Problem` has it.
     """
     columns = (axes.balls if known is None else torch.cat([axes.balls, known])).to(device)
     count = len(axes.balls)
     b, a = [], []
     for _, data, weight in blocks:
-        found = without_known(*statistics(data, weight, columns), count, axes.known_precision)
+        b_and_a = statistics(data / variance, weight / variance, columns)
+        found = without_known(*b_and_a, count, axes.known_precision)
         b.append(found[0])
         a.append(found[1])
     return Coordinates(torch.cat(b), torch.cat(a))
@@ -127,6 +133,8 @@ def sampling(series: Sequence[Particles], chosen: Sequence[Member]) -> dict[str,
 
 def two_parts(values: Array) -> NDArray[np.bool_]:
     """(N,) which of some numbers (N,) are in the upper of the two parts that leave the least variance within."""
+    if len(values) < 2:
+        return np.zeros(len(values), dtype=bool)
     order = np.sort(values)
     count = np.arange(1, len(order))
     total = np.cumsum(order)

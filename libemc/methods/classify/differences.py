@@ -91,7 +91,7 @@ def with_noise(frame: Frame, series: Sequence[Particles], chosen: Sequence[Membe
     some = [chosen[k] for k in np.linspace(0, len(chosen) - 1, min(SAMPLE, len(chosen))).round().astype(int)]
     total = sum(weight.sum(dim=0) for _, weight in read(series, some, frame, memory))
     mean = frame.on_shells(torch.as_tensor(total)) / len(some)
-    return replace(frame, noise=mean.clamp_min(1e-6 * float(mean.max())))
+    return replace(frame, noise=frame.noise * mean.clamp_min(1e-6 * float(mean.max())))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """The half ball of Fourier space, in the average's frame, in which particles are compared, and the maps that live in it.
 
-A particle's images are inserted into it once, at its pose. A map u (Å, white) is stood for by g, the transform of u over the
-envelope of the insertion kernel, at the ball's whole points: with D the sum of CTF·image and W the sum of CTF², both white,
-log-likelihood of the images given u, against nothing at all = 2 Re⟨g, D⟩ - ⟨W, |g|²⟩ (as in `initial_model.balls`).
-All coefficients are in units of the set's mean noise on their shell, so that noise has a variance of about 1 everywhere.
+A particle's images are inserted into it once, at its pose: D is the sum of CTF·image at the ball's whole points, W that of
+CTF², both white. The insertion kernel leaves its envelope on what it inserts, so D is W·h and noise, with h the transform of
+the map times the envelope: that to a few percent, as long as the map is well within the box. Then
+log-likelihood of the images given h, against nothing at all = (2 Re⟨h, D⟩ - ⟨W, |h|²⟩) / ν, where ν, below 1, is what the
+kernel leaves of the noise in a product with a map within a mask, and what neighbours and so on add to it; it is measured
+(`axes.noise_variance`). All coefficients are in units of the set's mean weight on their shell: W is about 1 everywhere.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -80,11 +83,6 @@ class Frame:
         """Å, of the small cube."""
         return self.length / self.small
 
-    def envelope(self, size: int) -> Tensor:
-        """(s, s, s) float32 of the kernel in a cube of `size` voxels over the padded box."""
-        line = torch.from_numpy(kernels.kernel_envelope((np.arange(size) - size // 2) / size)).float()
-        return line[:, None, None] * line[:, None] * line
-
     def shells(self) -> Tensor:
         """(Q,) int64, the shell of one Fourier pixel of each point."""
         return self.lengths.round().long()
@@ -98,6 +96,31 @@ class Frame:
         wide = [torch.nn.functional.avg_pool1d(t[None, None], 3, 1, 1)[0, 0] for t in (total, number)]
         return (wide[0] / wide[1].clamp_min(1e-30))[shell].to(values.dtype)
 
+    def plain_maps(self, balls: Tensor, size: int | None = None) -> Tensor:
+        """(..., s, s, s) float32: inverse transforms of balls (..., Q), as they are.
+
+        Args:
+            size: voxels over the padded box; None: the small cube.
+        """
+        s = size or self.small
+        x, y, z = self.points.to(balls.device)
+        values = balls.to(torch.complex64)
+        spectrum = values.new_zeros((*values.shape[:-1], s, s, s // 2 + 1))
+        spectrum[..., z % s, y % s, x] = values
+        edge = x == 0
+        spectrum[..., -z[edge] % s, -y[edge] % s, x[edge]] = values[..., edge].conj()
+        return fourier.irfftn_centred(spectrum, (s,) * 3)
+
+    def plain_balls(self, maps: Tensor) -> Tensor:
+        """(..., Q) complex64: transforms of maps (..., s, s, s) of the padded box's length, as they are."""
+        s = maps.shape[-1]
+        x, y, z = self.points.to(maps.device)
+        return fourier.rfftn_centred(maps, 3)[..., z % s, y % s, x].to(torch.complex64)
+
+    def envelope(self, size: int | None = None) -> Tensor:
+        """(s, s, s) float32: what the insertion kernel multiplies maps with, in a cube over the padded box."""
+        return _envelope(size or self.small)
+
     def maps(self, balls: Tensor, size: int | None = None) -> Tensor:
         """The maps (..., s, s, s) float32 that balls (..., Q), in units of the noise, stand for.
 
@@ -105,22 +128,14 @@ class Frame:
             size: voxels over the padded box; None: the small cube. Densities are those of the particles' own pixels.
         """
         s = size or self.small
-        x, y, z = self.points.to(balls.device)
-        values = (balls / self.noise.to(balls.device).sqrt()).to(torch.complex64)
-        spectrum = values.new_zeros((*values.shape[:-1], s, s, s // 2 + 1))
-        spectrum[..., z % s, y % s, x] = values
-        edge = x == 0
-        spectrum[..., -z[edge] % s, -y[edge] % s, x[edge]] = values[..., edge].conj()
-        density = fourier.irfftn_centred(spectrum, (s,) * 3) * (s / self.padded) ** 3
-        return density * self.envelope(s).to(density)
+        faded = self.plain_maps(balls / self.noise.to(balls.device).sqrt(), s) * (s / self.padded) ** 3
+        return faded / self.envelope(s).clamp_min(LEAST_ENVELOPE).to(faded)
 
     def balls(self, maps: Tensor) -> Tensor:
         """The balls (..., Q) complex64 that stand for maps (..., s, s, s) of the padded box's length: inverse of `maps`."""
         s = maps.shape[-1]
-        flat = maps / self.envelope(s).to(maps).clamp_min(LEAST_ENVELOPE)
-        x, y, z = self.points.to(maps.device)
-        values = fourier.rfftn_centred(flat, 3)[..., z % s, y % s, x] * (self.padded / s) ** 3
-        return (values * self.noise.to(maps.device).sqrt()).to(torch.complex64)
+        faded = self.plain_balls(maps * self.envelope(s).to(maps))
+        return faded * (self.noise.to(maps.device).sqrt() * (self.padded / s) ** 3)
 
     def in_box(self, balls: Tensor) -> Tensor:
         """The maps in the particles' box, (..., n, n, n)."""
@@ -130,6 +145,13 @@ class Frame:
         """A mask (n, n, n) of the particles' box in the small cube, in 0 ... 1."""
         padded = fourier.centre_pad(mask.float(), (self.padded,) * 3)
         return fourier.resize(padded, (self.small,) * 3).clamp(0.0, 1.0)
+
+
+@lru_cache(maxsize=4)
+def _envelope(size: int) -> Tensor:
+    """(s, s, s) float32 of the insertion kernel in a cube of `size` voxels over the padded box."""
+    line = torch.from_numpy(kernels.kernel_envelope((np.arange(size) - size // 2) / size)).float()
+    return line[:, None, None] * line[:, None] * line
 
 
 def band_edges(scales: Sequence[float]) -> list[tuple[float, float]]:
