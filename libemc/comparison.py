@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from libemc import records
@@ -136,6 +137,37 @@ def pose_errors(
         pairs.append((pair.found + at[0], pair.true + at[1], pair.angle, pair.distance))
         at += len(used), len(picks.xyz)
     return PoseErrors(*(torch.cat(column) for column in zip(*pairs, strict=True)))
+
+
+@dataclass(frozen=True)
+class ClassAgreement:
+    """Classes beside the true kinds of the same particles.
+
+    Attributes:
+        found: how many classes have particles; count: particles that are found and have a class.
+        right: those in a class that has most of their kind.
+        rand: adjusted Rand index.
+    """
+
+    found: int
+    count: int
+    right: int
+    rand: float
+
+
+def class_agreement(
+    set_or_run: str, truths: Mapping[str, Path], reach: float, turn: Overlaid | None = None, project: Path = Path()
+) -> ClassAgreement:
+    """How the classes of a run's particles agree with the kinds that were simulated; arguments as for `pose_errors`."""
+    pairs = pose_errors(set_or_run, truths, reach, turn, project)
+    _, files = records.load_particles(set_or_run, project)
+    found = np.array([p.class_ for file in files.values() for p in file.particles if p.use])[pairs.found.numpy()]
+    kinds = np.concatenate([read_truth(truths[name]).classes for name in files])[pairs.true.numpy()]
+    classed = found > 0
+    found, kinds = found[classed], kinds[classed]
+    home = {kind: np.bincount(found[kinds == kind]).argmax() for kind in np.unique(kinds)}
+    right = sum(int(home[kind] == number) for kind, number in zip(kinds, found, strict=True))
+    return ClassAgreement(len(np.unique(found)), len(found), right, float(adjusted_rand_score(kinds, found)))
 
 
 def _rotations(rot: object, tilt: object, psi: object) -> Tensor:

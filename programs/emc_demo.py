@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Run the whole chain on a small simulated data set, and compare what comes out with the truth.
 
-In the new folder DIR two tilt series are simulated, imported, aligned and reconstructed, and their particles found, cut
-out, made into a model, found again with it, refined and exported. Each command is printed before it runs, as it can be
-typed in DIR; DIR/commands.sh has all. Last comes a table of what was found and what is true, and a list of the pictures:
-nothing else has seen the truth. It takes some minutes on two cores.
+In the new folder DIR two tilt series of two kinds of particles are simulated, imported, aligned and reconstructed, and their
+particles found, cut out, made into a model, found again with it, refined, sorted into classes, placed back and exported. Each
+command is printed before it runs, as it can be typed in DIR; DIR/commands.sh has all. Last comes a table of what was found and
+what is true, and a list of the pictures; DIR/index.html shows both. Nothing else has seen the truth. It takes some minutes on
+two cores.
 
     emc_demo                         # in ./emc_demo
     emc_demo /tmp/look --quick       # a smaller one: one tilt series, about two minutes
@@ -50,7 +51,8 @@ FULL, QUICK = Size(480, 4, 36, 2), Size(288, 6, 16, 1)
 
 STEPS = (
     ("Tilt series of known particles in ice, with all that a microscope does to them; and the truth",
-     "emc_simulate raw/{name} --size {side} {side} --pixel-size 6 --box 54 --count {count} --tilt-range -60 60 {step} "
+     "emc_simulate raw/{name} --particle emc --particle emc-nohead --fractions 2,1 --size {side} {side} --pixel-size 6 --box 54 "
+     "--count {count} --tilt-range -60 60 {step} "
      "--dose 3.5 --thickness 600 --defocus {defocus} --seed {seed} --map-out raw/{name}_map.mrc"),
     ("Begin a project: angles and doses are found beside the stacks",
      "emc_import {stacks}"),
@@ -77,11 +79,17 @@ STEPS = (
     ("Refine the tilt series from their particles, then every image by itself",
      "emc_tomocpr spt_00 --path cpr_00",
      "emc_subtilt cpr_00 --path sub_00"),
+    ("How do the particles differ, and which are alike?",
+     "emc_pca sub_00 --path pca_00",
+     "emc_cluster pca_00"),
+    ("The final map of the largest class, each place filtered by its own resolution",
+     "emc_select pca_00 --class 1 --set first",
+     "emc_mask pca_00/class_1.mrc --lowpass 20",
+     "emc_average first --path final --mask mask.mrc --filter local"),
     ("How good is it?",
-     "emc_mask sub_00/average.mrc --lowpass 20",
-     "emc_fsc sub_00/half1.mrc sub_00/half2.mrc --mask mask.mrc --output fsc"),
-    ("The final map, each place filtered by its own resolution",
-     "emc_average sub_00 --path final --mask mask.mrc --filter local"),
+     "emc_fsc final/half1.mrc final/half2.mrc --mask mask.mrc --output fsc"),
+    ("Where is what? The classes back in their tomograms",
+     "emc_mapback pca_00 --mesh"),
     ("On with it: to RELION, and the commands that made the map",
      "emc_export sub_00 --format relion31",
      "emc_info sub_00 --history",
@@ -134,8 +142,10 @@ def main(args: argparse.Namespace, run: Run) -> None:
             rows += [demonstration.alignment_row(folder, name) for name in size.names]
         elif command == "emc_tomoctf --all":
             rows += [demonstration.defocus_row(folder, name) for name in size.names]
+    rows += demonstration.result_rows(folder, size.names)
+    demonstration.write_page(folder, rows, size.names)
     run.result("\n== What came out")
-    run.result(demonstration.table([*rows, *demonstration.result_rows(folder, size.names)]))
+    run.result(demonstration.table(rows))
     run.result("\n    ".join(["\nPictures:", *map(str, sorted(folder.rglob("*.png")))]))
 
 
