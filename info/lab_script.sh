@@ -19,5 +19,12 @@ emc_tomocpr spt_01 --path cpr_00                                   # the tilt se
 emc_subtilt cpr_00 --path sub_00                                   # and each image by itself
 emc_fsc sub_00/half1.mrc sub_00/half2.mrc --mask mask.mrc --output fsc
 
-emc_export sub_00 --format relion31
-emc_info sub_00/average.mrc --replay > again.sh                    # all of the above that went into the map
+emc_pca sub_00 --mask mask.mrc --path pca_00                       # how they differ
+emc_cluster pca_00                                                 # which are alike
+emc_mapback pca_00                                                 # and where they are
+emc_select pca_00 --class 1 --set best
+emc_refine best --reference pca_00/class_1.mrc --local --startres 20 --mask mask.mrc --path spt_02
+emc_average spt_02 --mask mask.mrc --bfactor=-50,-100,auto --path final
+
+emc_export spt_02 --format relion31
+emc_info final/average.mrc --replay > again.sh                     # all of the above that went into the map

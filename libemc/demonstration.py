@@ -82,7 +82,7 @@ PICTURES = (
     (
         "pca_00/montage.png",
         "The classes",
-        "Averages; below, what a class has more (red) and less (blue) than the average of all.",
+        "Averages; below, what a class has more (red) and less (blue) than all.",
     ),
 )
 
