@@ -42,6 +42,8 @@ IN_MEMORY = 0.4
 TABLE = "coordinates.npz"
 FEWEST = 3
 """Particles that axes can be learnt from."""
+CLUSTERED = ("class_*.mrc", "clusters.json", "classes.*", "montage.png", "trials.png")
+"""What emc_cluster leaves in the folder of an analysis."""
 SIGMAS = 2.0
 """Standard deviations along an axis of the maps to both sides."""
 
@@ -357,8 +359,13 @@ def claim(folder: Path, bands: Sequence[BandResult], run: Run) -> None:
 
 
 def remove_older(folder: Path, bands: Sequence[BandResult], run: Run) -> None:
-    """Remove maps and pictures of axes that an earlier analysis left in the folder, and this one hasn't replaced."""
+    """Remove maps and pictures of axes that an earlier analysis left in the folder, and this one hasn't replaced, and what
+    emc_cluster made of them."""
     names = set(map_names(bands))
+    for pattern in CLUSTERED:
+        for file in sorted(folder.glob(pattern)):
+            if history.written_by("emc_cluster", file, run.project):
+                file.unlink()
     for pattern in ("axis_*.mrc", "variance_*.mrc", "axes_*.png"):
         for file in sorted(folder.glob(pattern)):
             if file.name not in names and history.written_by(run.name, file, run.project):
