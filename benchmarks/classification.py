@@ -18,6 +18,7 @@ import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,6 +167,14 @@ def found_classes(home: Path, run: str) -> dict[str, int]:
     return {p.id: p.class_ for file in files.values() for p in file.particles if p.use and p.weight != 0 and p.class_}
 
 
+def silhouettes(trials: list[dict[str, Any]]) -> str:
+    """Of each number of clusters, beside the 95th percentile of data without structure."""
+    some = [t for t in trials if t["silhouette"] is not None]
+    return "".join(
+        f"; {t['clusters']}: {t['silhouette']:.2f} (null {np.quantile(t['chance'], 0.95):.2f})" for t in some
+    )
+
+
 def judged(home: Path, data: Mixture, source: str, given: int) -> None:
     """emc_pca and emc_cluster of a set or run, by each method: what is proposed, and how well classes come back.
 
@@ -188,11 +197,14 @@ def judged(home: Path, data: Mixture, source: str, given: int) -> None:
             cost = program(["emc_cluster", run, "--method", method, "--overwrite", "--quiet"], home, log)
             state = read_json(home / run / "clusters.json")
             line += f" proposed {state['chosen']}: ARI {agreement(found_classes(home, run), true):.3f}"
-            for t in state["trials"]:
-                if t["silhouette"] is not None:
-                    line += f"; {t['clusters']}: {t['silhouette']:.2f} (null {np.quantile(t['chance'], 0.95):.2f})"
-            print(f"{line}; {cost.seconds:.0f} CPU-s", flush=True)
-            if given > 1 and given != state["chosen"]:
+            print(f"{line}{silhouettes(state['trials'])}; {cost.seconds:.0f} CPU-s", flush=True)
+            if state["chosen"] == 1 and components == "probabilistic":
+                along = ["--along", f"{bands[0]['scale']}:1,2;{bands[1]['scale']}:1,2"]
+                program(["emc_cluster", run, "--method", method, *along, "--overwrite", "--quiet"], home, log)
+                state = read_json(home / run / "clusters.json")
+                text = f"    {method:12s} along the first axes of two bands: proposed {state['chosen']}"
+                print(text + silhouettes(state["trials"]), flush=True)
+            elif given > 1 and given != state["chosen"]:
                 argv = ["emc_cluster", run, "--method", method, "--clusters", str(given), "--overwrite", "--quiet"]
                 try:
                     program(argv, home, log)

@@ -65,7 +65,7 @@ STEPS = (
     ("What is known of the particles is their size: look for balls of it",
      "emc_volume tomograms/{first}_bin4.mrc cube.mrc --box 24",
      "emc_mask cube.mrc --sphere 90 --edge 40 --output ball.mrc",
-     "emc_tempmatch --all --template ball.mrc --label ball --resolution 60 --step 60"),
+     "emc_tempmatch --all --template ball.mrc --label ball --resolution 60 --step 60 --expected-false 3"),
     ("Cut out what was found, and make a model of it from nothing",
      "emc_extract --all --label ball --set ball --box 54",
      "emc_sgd ball --path sgd_00"),
