@@ -92,10 +92,13 @@ def try_clusters(points: Coordinates, counts: tuple[int, ...] | None, method: st
             0.0,
         )
         return [Trial(labels, one, math.nan, np.empty(0), math.nan)], 0
-    found = [cluster.trial(points, k, method, run.seed) for k in run.progress(wanted, len(wanted), "clusters")]
-    trials = list({t.count: t for t in reversed(found)}.values())[
-        ::-1
-    ]  # a mixture may need fewer than it was asked for
+    trials: list[Trial] = []
+    for count in run.progress(wanted, len(wanted), "clusters"):
+        found = cluster.trial(points, count, method, run.seed)
+        if found.count < count and counts is not None:
+            run.warn(f"{count} clusters were asked for: the mixture needs no more than {found.count}")
+        if all(found.count != t.count for t in trials):
+            trials.append(found)
     return trials, cluster.proposed(trials)
 
 

@@ -8,7 +8,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -273,9 +273,7 @@ def analyse(series: Sequence[Particles], mask: Tensor, plan: Plan, folder: Path,
     found: list[tuple[Problem, Axes, Spectrum]] = []
     for number, band in enumerate(band_slices(frame, plan.scales)):
         problem = Problem(diff, band, small, known, device=str(run.device))
-        variance = axes_of.noise_variance(problem, plan.generator(number), run.progress)
-        problem = replace(problem, variance=variance)
-        axes = axes_of.find(problem, plan.count, plan.generator(number), plan.em, run.progress)
+        problem, axes = axes_of.measured(problem, plan.count, plan.generator(number), plan.em, run.progress)
         found.append((problem, axes, axes_of.spectrum(problem, axes, plan.generator(number), plan.em, run.progress)))
     places = _coordinates(series, members, learnt, diff, found, known, run)
     if not plan.em:

@@ -21,6 +21,8 @@ from libemc.methods.subtilts import Particles
 
 SLICES = "iterations/slices_{:02d}.mrc"
 """The central slices xy, xz and yz of each iteration's average."""
+FILES = (*project.AVERAGE_FILES, "index.html")
+"""What a refinement against one reference writes into its folder."""
 MANY = 0.2
 """Share of the particles at the limit of their shifts that is worth a warning."""
 

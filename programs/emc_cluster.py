@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
 """Group particles by where they lie along the axes that emc_pca found, and average each class.
 
-RUN is a folder of emc_pca. Several numbers of clusters are tried, 1 to 6 or those given; the one that is kept is the best by
-its Bayesian information criterion among those whose clusters are farther apart than in data without structure. The class of
-each particle goes into RUN's particle files; class_1.mrc, ... (the largest class first) with their half maps, montage.png,
-trials.png, classes.html and clusters.json beside them. The other numbers that were asked for by name are in RUN/k2, RUN/k3 ...,
-complete with particles. Errors of coordinates are those of each particle's own images (mixture); kmeans and hierarchical see
-the coordinates alone.
+RUN is a folder of emc_pca. Several numbers of clusters are tried, 1 to 6 or those given. One is kept unless more are likelier,
+by their Bayesian information criterion, and farther apart, by their silhouette, than in data without structure; then those that
+are the most apart. The class of each particle goes into RUN's particle files; class_1.mrc, ... (the largest class first) with
+their half maps, montage.png, trials.png, classes.html and clusters.json beside them. The other numbers that were asked for by
+name are in RUN/k2, RUN/k3 ..., complete with particles. Errors of coordinates are those of each particle's own images (mixture);
+kmeans and hierarchical see the coordinates alone.
 
     emc_cluster pca_00
     emc_cluster pca_00 --clusters 2,3,4 --along "60:1,2;30:1"
     emc_select pca_00 --class 1,3 --set good            # on with some of them
-    emc_refine pca_00 --reference pca_00/average.mrc --classes 3
+    emc_refine pca_00 --classes 3
 """
 
 from __future__ import annotations

@@ -106,9 +106,9 @@ def main(args: argparse.Namespace, run: Run) -> None:
     folder = args.path or records.next_run_directory("spt")
     record = folder / "run.json"
     single, again = len(maps) == 1, run.resume and record.exists()
-    names = [*(project.AVERAGE_FILES if single else ()), *(class_refinements.PAGES if args.classes > 1 else ())]
+    names = [*refinements.FILES] * single + [*class_refinements.PAGES] * (args.classes > 1)
     run.output(record, owned=again)
-    outputs = {name: run.output(folder / name, owned=again) for name in (*names, "index.html")}
+    outputs = {name: run.output(folder / name, owned=again) for name in names}
     past, lines, series = list[schedule.Done](), list[dict[str, Any]](), start
 
     def save(stopped_at: str | None) -> None:

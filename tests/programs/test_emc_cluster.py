@@ -79,6 +79,13 @@ def names_in(folder: str) -> set[str]:
     return {p.name for p in Path(folder).iterdir() if not p.name.startswith(".")}
 
 
+def used() -> dict[str, list[int]]:
+    """The axes of each band that emc_pca found above noise: one at 60 Å, and perhaps one at 30 Å."""
+    found = {b["scale"]: list(range(1, b["meaningful"] + 1)) for b in read(f"{RUN}/run.json")["state"]["bands"]}
+    assert found["60"] == [1] and found["30"] in ([], [1])
+    return found
+
+
 def agreement(folder: str) -> float:
     """Adjusted Rand index between the classes in particle files and the truth."""
     found = particles(f"{folder}/particles")
@@ -104,7 +111,7 @@ def test_the_kinds_are_found(here: Path, tmp_path_factory: pytest.TempPathFactor
     assert (table["chosen"], table["clusters"], table["method"], table["axes"]) == (2, "auto", "mixture", "auto")
     state = read(f"{RUN}/run.json")["state"]
     assert state["clusters"] == {
-        "trials": table["trials"], "chosen": 2, "method": "mixture", "along": {"60": [1], "30": [1]},
+        "trials": table["trials"], "chosen": 2, "method": "mixture", "along": used(),
     }  # fmt: skip
     assert state["particles"] == len(found) and len(state["bands"]) == 2  # what emc_pca said is still there
     before = particles(f"{mixture(tmp_path_factory)}/{RUN}/particles")
@@ -200,10 +207,13 @@ def test_others_go_on_from_it(here: Path, undrawn: None) -> None:
     assert {p["class"] for p in particles(f"particles/{SET}")} == {0}
 
 
+ALONG = "60:1;30:1"
+
+
 def test_numbers_asked_for(here: Path, undrawn: None) -> None:
     """The better of two stays in the run, the other is beside it, complete; the class that is left over is gone."""
     before = {name: Path(RUN, name).read_bytes() for name in maps(2)}
-    lines = lines_of("emc_cluster", RUN, "--clusters", "3,2")
+    lines = lines_of("emc_cluster", RUN, "--clusters", "3,2", "--along", ALONG)
     assert [line.split(":")[0] for line in lines[:2]] == ["2 clusters", "3 clusters"]
     assert [line.split(",")[0] for line in lines[2:]] == [
         *(f"{RUN}/k3: class {k}" for k in (1, 2, 3)),
@@ -215,10 +225,10 @@ def test_numbers_asked_for(here: Path, undrawn: None) -> None:
     assert read(f"{RUN}/k3/clusters.json")["chosen"] == 3
     assert lines_of("emc_average", f"{RUN}/k3", "--class", 3, "--path", "avg")[0].startswith("avg: ")
     assert {name: Path(RUN, name).read_bytes() for name in maps(2)} == before
-    lines_of("emc_cluster", RUN, "--clusters", 3)
+    lines_of("emc_cluster", RUN, "--clusters", 3, "--along", ALONG)
     assert {p["class"] for p in particles(f"{RUN}/particles")} == {1, 2, 3} and maps(3) < names_in(RUN)
     Path(RUN, "class_9.mrc").write_text("mine")
-    lines_of("emc_cluster", RUN, "--clusters", 2)
+    lines_of("emc_cluster", RUN, "--clusters", 2, "--along", ALONG)
     assert {p.name for p in Path(RUN).glob("class_*.mrc")} == maps(2) | {"class_9.mrc"}
     assert {name: Path(RUN, name).read_bytes() for name in maps(2)} == before  # a seed repeats exactly
 
@@ -321,11 +331,11 @@ def test_the_disk_is_full(
 
 
 def test_dry_run_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = listing()
+    before, axes = listing(), sum(map(len, used().values()))
     for words, what in (((), "1 to 6"), (("--clusters", "2,3"), "2,3")):
         assert program("emc_cluster", RUN, *words, "--dry-run") == 0
         count = len(particles(f"{RUN}/particles"))
-        assert capsys.readouterr().out == f"group {count} particles along 2 axes into {what}\n"
+        assert capsys.readouterr().out == f"group {count} particles along {axes} axes into {what}\n"
     assert listing() == before
 
 

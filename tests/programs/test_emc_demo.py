@@ -90,10 +90,16 @@ def test_numbers_of_the_table_are_those_of_the_files(quick: tuple[Path, str]) ->
     folder, text = quick
     truths = {"demo_01": folder / "raw/demo_01_truth.json"}
     claimed = json.loads((folder / "fsc/fsc.json").read_text())["resolution"]
-    true_map = folder / "raw/demo_01_map.mrc"
-    like = comparison.overlaid(folder / "sub_00", true_map, folder / "mask.mrc", claimed)
+    true_map = folder / "raw/demo_01_map_1.mrc"
+    like = comparison.overlaid(folder / "final", true_map, folder / "mask.mrc", claimed)
     errors = comparison.pose_errors("sub_00", truths, 60.0, like, folder)
     assert f"{errors.distance.median():.1f} Å" == row(text, "refined positions")[-1]
+    classes = comparison.class_agreement("pca_00", truths, 60.0, like, folder)
+    assert f"{classes.right} of {classes.count}" == row(text, "particles in the class of most")[-1]
+    page = (folder / "index.html").read_text()
+    shown = re.findall(r'src="([^"]+)"', page)
+    assert "mapback/demo_01.png" in shown and all((folder / picture).is_file() for picture in shown)
+    assert all(cell in page for cell in row(text, "refined orientations"))
     record = records.load_tiltseries("demo_01", folder)
     found = TiltGeometry.of(records.need(record, "alignment"), record.tilts.use)
     known = json.loads(truths["demo_01"].read_text())

@@ -36,6 +36,10 @@ RIDGE = 1e-3
 """Of the mean weight, added to the weight of every coefficient of an axis: what no particle shows is left dark."""
 CONTRAST, SHIFT, TURN = 0.3, 0.6, 0.2
 """Deviations of the known axes before they are fitted: relative, voxels of the small cube, radians."""
+FEW = 3
+"""Axes that may hold most of the signal."""
+SAME = 0.8
+"""Of a variance: one that is smaller than this part of what it was taken for needs the axes to be found again."""
 DRAWS = 64
 """Maps of noise that the differences' noise is measured with."""
 KNOWN_STEPS = 6
@@ -44,8 +48,10 @@ POINTS_AT_ONCE = 4096
 """Coefficients whose equations are solved at a time."""
 GAP = 3
 """Axes of noise after the first, whose distance from it is taken for how much the first is up to chance."""
-STRONG = 2.0
-"""Times the floor, above which an axis is taken off before noise is measured again."""
+STRONG = 1.5
+"""Times the floor, above which an axis is taken off before noise is measured."""
+MOST_TAKEN = 4
+"""Times that the noise is measured, at most."""
 LEAST_STRENGTH = 0.1
 """Of an axis: along a weaker one a mean particle's place is known to a third of nothing."""
 GAPS = 1.5
@@ -105,7 +111,8 @@ def known_axes(frame: Frame, average: Tensor) -> Tensor:
     ball = frame.balls(average)
     line = torch.arange(frame.small, dtype=torch.float32) - frame.small // 2
     z, y, x = torch.meshgrid(line, line, line, indexing="ij")
-    by_z, by_y, by_x = torch.gradient(average.float())
+    plain = frame.plain_balls(average)
+    by_x, by_y, by_z = (frame.plain_maps(plain * (2j * math.pi / frame.small) * k) for k in frame.points.float())
     turns = [z * by_y - y * by_z, x * by_z - z * by_x, y * by_x - x * by_y]
     shifts = [ball * (-2j * math.pi / frame.small) * axis for axis in frame.points.float()]
     return torch.stack([ball, *shifts, *(frame.balls(turn) for turn in turns)])
@@ -300,8 +307,29 @@ def _iteration(problem: Problem, axes: Tensor, precision: Tensor, blocks: _Block
     return root.to(new.dtype).to(device) @ new
 
 
-def noise_variance(problem: Problem, generator: torch.Generator, progress: Progress | None = None) -> float:
-    """Variance of the products of a typical particle's differences with maps of noise within the mask, over what W says."""
+def _places(problem: Problem, columns: Tensor, precision: Tensor, progress: Progress | None) -> Tensor:
+    """(N, k) expected coordinates of all particles along columns (k, q), of prior precision (k,)."""
+    blocks = _Blocks(problem, progress)("places")
+    return torch.cat([posterior(*statistics(data, weight, columns), precision)[0] for _, data, weight in blocks])
+
+
+def noise_variance(
+    problem: Problem, generator: torch.Generator, axes: Axes | None = None, progress: Progress | None = None
+) -> float:
+    """Variance of the products of a typical particle's differences with maps of noise within the mask, over what W says.
+
+    Args:
+        axes: the known ones and the first `FEW` of these are taken off before, so that noise alone is left.
+    """
+    if axes is not None:
+        columns = axes.balls[:FEW].to(problem.device)
+        precision = torch.cat([axes.known_precision, torch.ones(len(columns), dtype=torch.float64)])
+        if problem.known is not None:
+            columns = torch.cat([problem.known[:, problem.band].to(columns), columns])
+        places = torch.cat(
+            [posterior(*statistics(d, w, columns), precision)[0] for _, d, w in _Blocks(problem, progress)("places")]
+        )
+        problem = replace(problem, taken=(columns, places))
     frame = problem.differences.frame
     drawn = torch.randn(DRAWS, *problem.mask.shape, generator=generator) * problem.mask
     columns = torch.stack([frame.balls(m)[problem.band] for m in drawn]).to(problem.device)
@@ -369,6 +397,21 @@ def _ordered(problem: Problem, axes: Tensor) -> tuple[Tensor, Tensor]:
     return vector[:, order].T.to(axes.dtype) @ axes, value[order].clamp_min(0)
 
 
+def measured(
+    problem: Problem, count: int, generator: torch.Generator, em: bool = True, progress: Progress | None = None
+) -> tuple[Problem, Axes]:
+    """A problem with the variance of its noise, and its axes as `find` gives them."""
+    problem = replace(problem, variance=noise_variance(problem, generator, progress=progress))
+    axes = find(problem, count, generator, em, progress)
+    if not em:
+        return problem, axes
+    variance = noise_variance(problem, generator, axes, progress)
+    again = variance < SAME * problem.variance
+    strength = axes.strength * problem.variance / variance
+    problem = replace(problem, variance=variance)
+    return problem, find(problem, count, generator, em, progress) if again else replace(axes, strength=strength)
+
+
 @dataclass(frozen=True)
 class Spectrum:
     """Strengths of axes beside those of noise.
@@ -400,9 +443,9 @@ def spectrum(
 ) -> Spectrum:
     """Axes beside those of the same difference maps displaced.
 
-    What particles have in common along a strong axis makes noise of its own when it is displaced. So axes that are far above
-    the noise are taken off, together with the known ones, and the noise is measured again. Weaker ones are not: taking off an
-    axis of noise would leave less noise than there is.
+    What particles have in common along a strong axis makes noise of its own when it is displaced. So the known axes are taken
+    off, and the first other one, and as many more as are far above what is left; the first is given back where it isn't. Weak
+    ones stay: taking off an axis of noise leaves less noise than there is.
 
     Args:
         axes: of `find`.
@@ -416,12 +459,19 @@ def spectrum(
     )
     own = axes.strength if em else axes.singular
     moved = replace(problem, displaced=displacements(len(problem.differences), generator))
-    known_count, taken = len(axes.known_precision), 0
-    while True:
-        columns_taken = (every[: known_count + taken], places[:, : known_count + taken])
-        noise = find(replace(moved, taken=columns_taken), count, generator, em, progress)
-        found = Spectrum(own, noise.strength if em else noise.singular, LEAST_STRENGTH if em else 0.0)
-        strong = int((own[: found.meaningful] > STRONG * found.floor).sum()) if em else 0
-        if taken or not strong:
-            return found
+
+    def beside(taken: int) -> Spectrum:
+        some = len(axes.known_precision) + taken
+        noise = find(replace(moved, taken=(every[:some], places[:, :some])), count, generator, em, progress)
+        return Spectrum(own, noise.strength if em else noise.singular, LEAST_STRENGTH if em else 0.0)
+
+    if not em:
+        return beside(0)
+    taken = 1
+    for _ in range(MOST_TAKEN):
+        found = beside(taken)
+        strong = int((own[: found.meaningful] > STRONG * found.floor).sum())
+        if strong <= taken:
+            break
         taken = strong
+    return found if strong else beside(0)

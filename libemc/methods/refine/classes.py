@@ -167,7 +167,9 @@ def averaged(state: State, setup: Setup, progress: Progress | None = None) -> St
     if not keep:  # all are small: the set is, and stays as it is
         keep = list(range(len(state.classes)))
     left = [p[:, keep] for p in state.probability]
-    left = [p / p.sum(dim=1, keepdim=True).clamp_min(1e-30) for p in left]
+    # who was in a class that is given up for certain is in each of the others alike
+    left = [torch.where(p.sum(dim=1, keepdim=True) > 1e-6, p, 1.0) for p in left]
+    left = [p / p.sum(dim=1, keepdim=True) for p in left]
     pixel_size = state.classes[0].series[0].file.pixel_size
     classes = []
     for c, k in enumerate(keep):
