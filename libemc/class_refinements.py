@@ -156,12 +156,10 @@ def sort(
     pixel_size, most = going.head.pixel_size, going.most or classes.MOST_ITERATIONS
     if len(done) >= most:
         return done
-    state, step = (
-        (resumed(series, done, setup, run), None)
-        if done
-        else (begin(series, maps, count, setup, going, run), going.first)
-    )
-    while len(done) < most:
+    state = resumed(series, done, setup, run) if done else begin(series, maps, count, setup, going, run)
+    step = going.first if len(maps) > 1 and not done else None
+    last = False
+    while not last:
         step = step or Step(max(2 * pixel_size, state.reach), exhaustive=False, motion=going.motion)
         state = classes.iteration(state, going.start, step, setup, run.progress)
         best = project.save_run_particles(going.folder, going.head, state.best(), going.parent)
