@@ -154,7 +154,7 @@ def sort(
         What all iterations did.
     """
     pixel_size, most = going.head.pixel_size, going.most or classes.MOST_ITERATIONS
-    if len(done) >= most:
+    if len(done) >= most or (done and _settled(done[-1], going)):
         return done
     state = resumed(series, done, setup, run) if done else begin(series, maps, count, setup, going, run)
     step = going.first if len(maps) > 1 and not done else None
