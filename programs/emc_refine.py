@@ -13,7 +13,6 @@ Writes class_1.mrc, ... with their half maps, classes.html, montage.png, and the
 
     emc_refine ribo --reference initial.mrc --startres 50
     emc_refine ribo --reference initial.mrc --startres 30 --local          # poses are nearly right already
-    emc_refine spt_00 --reference spt_00/average.mrc --local --iterations 2
     emc_refine ribo_bin1 --particles spt_00 --reference spt_00/average.mrc --local    # the same particles, finer pixels
     emc_refine spikes --reference spike.mrc --max-tilt 20 --max-shift 30   # axes are known from the membrane
     emc_refine tubes --reference tube.mrc --symmetry helix:9.4,-27.7 --max-tilt 15
@@ -30,12 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from libemc import class_refinements, project, records, refinements
 from libemc.cli import Program, Run, options
 from libemc.errors import InputError
 from libemc.methods.refine import align, iteration, references, schedule
 from libemc.methods.refine.limits import Limits
+from libemc.methods.subtilts import Particles
 from libemc.numerics.symmetry import operators
 
 KEPT = ("set_or_run", "particles", "reference", "startres", "local", "max_shift", "max_angle", "max_tilt", "symmetry", "mask",
@@ -81,7 +82,7 @@ def limits_of(args: argparse.Namespace, box: int, pixel_size: float) -> Limits:
 
 
 def main(args: argparse.Namespace, run: Run) -> None:
-    """Check, then iterate until convergence, with all of the state in the run's folder after each iteration."""
+    """Check everything, then refine."""
     if run.resume and not args.path:
         raise InputError("--resume of what?", remedy="give the folder of the run with --path")
     files = [*(args.reference or ()), *filter(None, [args.mask, args.focus])]
@@ -98,10 +99,22 @@ def main(args: argparse.Namespace, run: Run) -> None:
     mask = project.mask_or_sphere(args.mask, box, pixel_size)
     focus = project.read_mask(args.focus, box, pixel_size) if args.focus else mask
     project.need_halves(start, args.set_or_run)
-    count = sum(int(p.use.sum()) for p in start)
-    what = f"refine {count} particles in a box of {box} at {pixel_size:g} Å"
+    what = f"refine {sum(int(p.use.sum()) for p in start)} particles in a box of {box} at {pixel_size:g} Å"
     if run.plan(what + f" in {args.classes} classes" * (args.classes > 1), disk=(3 + 3 * args.classes) * 4 * box**3):
         return
+    setup = iteration.Setup(
+        mask, focus, references.Filtering(args.filter, mask, pixel_size, run.seed), limits, args.symmetry,
+        box * pixel_size / max(args.startres, schedule.JOINED), args.keep, args.own_noise, run.seed, run.memory,
+    )  # fmt: skip
+    refine(args, head, start, maps, setup, inputs, run)
+
+
+def refine(
+    args: argparse.Namespace, head: records.ParticleSet, start: list[Particles], maps: list[Tensor],
+    setup: iteration.Setup, inputs: list[Path], run: Run,
+) -> None:  # fmt: skip
+    """Iterate until convergence, as one and then in classes, with all of the state in the run's folder after each iteration."""
+    box, pixel_size, count = head.box, head.pixel_size, sum(int(p.use.sum()) for p in start)
     kept = project.plain({name: getattr(args, name) for name in KEPT})
     folder = args.path or records.next_run_directory("spt")
     record = folder / "run.json"
@@ -118,19 +131,13 @@ def main(args: argparse.Namespace, run: Run) -> None:
 
     if run.resume:
         past, lines, series = refinements.resume(folder, {**kept, "seed": run.seed}, start)
-        run.log.info(f"{folder} has {len(past) + len(lines)} iterations; going on")
-    setup = iteration.Setup(
-        mask, focus, references.Filtering(args.filter, mask, pixel_size, run.seed), limits, args.symmetry,
-        box * pixel_size / max(args.startres, schedule.JOINED), args.keep, args.own_noise, run.seed, run.memory,
-    )  # fmt: skip
-    first, motion = schedule.Step(args.startres, exhaustive=not args.local), not args.no_motion
-    step = None
+    first, motion, step = schedule.Step(args.startres, exhaustive=not args.local), not args.no_motion, None
     if single and not lines:
         if past:
             halves = iteration.next_references(*refinements.read_halves(folder), setup)
         else:
-            generator = torch.Generator().manual_seed(run.seed)
-            halves = references.starting_references(maps[0], focus, pixel_size, args.startres, generator)
+            g = torch.Generator().manual_seed(run.seed)
+            halves = references.starting_references(maps[0], setup.focus, pixel_size, args.startres, g)
         step = schedule.next_step(past, first, box, pixel_size, args.iterations, motion)
     if not past and not lines:
         save("iteration 1")
@@ -138,7 +145,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
         before, out = series, iteration.iteration(series, start, halves, step, setup, run.progress)
         halves, series = out.references, project.save_run_particles(folder, head, out.series, str(args.set_or_run))
         past.append(out.done)
-        project.write_average(outputs, out.maps, out.average, mask, pixel_size)
+        project.write_average(outputs, out.maps, out.average, setup.mask, pixel_size)
         refinements.save_slices(run.output(folder / refinements.SLICES.format(len(past)), owned=True), out.average)
         step = schedule.next_step(past, first, box, pixel_size, args.iterations, motion)
         save(None if step is None and args.classes == 1 else f"iteration {len(past) + 1}")
@@ -154,12 +161,9 @@ def main(args: argparse.Namespace, run: Run) -> None:
 
 
 program = Program(
-    doc=__doc__,
-    name="emc_refine",
-    arguments=arguments,
-    main=main,
+    doc=__doc__, name="emc_refine", arguments=arguments, main=main,
     standard=("threads", "memory", "overwrite", "resume", "seed", "verbose", "quiet", "dry-run"),
-)
+)  # fmt: skip
 entry = program.entry
 
 if __name__ == "__main__":
