@@ -32,7 +32,7 @@ from libemc.io import mrc
 from libemc.io.files import read_json
 from libemc.methods import postprocess
 from libemc.methods.classify.axes import ITERATIONS, SUBSPACE, Problem, find, known_axes
-from libemc.methods.classify.differences import Differences
+from libemc.methods.classify.differences import Differences, release
 from libemc.methods.classify.frame import Frame
 from libemc.numerics.grids import centred_coordinates
 from libemc.numerics.masks import soft_sphere
@@ -244,7 +244,6 @@ def refined(home: Path, data: Mixture, given: int) -> None:
 def large(folder: Path, count: int, box: int, axes: int, seed: int) -> None:
     """Axes of many particles whose difference maps lie on disk as float16, made from a model with eight axes and noise; the
     time beside what the same products of matrices take, and one reading of the file."""
-    torch.set_num_threads(torch.get_num_threads())
     frame, g = Frame.of(box, 6.0, 12.0), torch.Generator().manual_seed(seed)
     mask = soft_sphere(frame.small, 0.3 * frame.small, 2.0)
     true = torch.stack([frame.balls(torch.randn(*mask.shape, generator=g) * mask) for _ in range(8)])
@@ -260,6 +259,8 @@ def large(folder: Path, count: int, box: int, axes: int, seed: int) -> None:
         noise = torch.randn(n, q, 2, generator=g) * (w / 2).sqrt()[..., None]
         d = torch.view_as_real(w * (z.to(true.dtype) @ true)) + noise
         data[start : start + n], weight[start : start + n] = d.numpy(), w.numpy()
+        release(data)
+        release(weight)
     size = (data.nbytes + weight.nbytes) / 2**30
     diff = Differences(frame, data, weight, torch.zeros(q, dtype=torch.complex64), torch.full((q,), 1.25))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -8,6 +8,7 @@ float16 where there is no room.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -128,6 +129,15 @@ class Differences:
             data = torch.view_as_complex(_on(self.data[here, band], device))
             weight = _on(self.weight[here, band], device)
             yield here, data - weight * mean, weight
+            release(self.data)
+            release(self.weight)
+
+
+def release(array: NDArray[Any]) -> None:
+    """Let go of the memory that a mapped file was read or written through; the file has it. Nothing for other arrays."""
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _on(array: NDArray[Any], device: torch.device | str) -> Tensor:
@@ -156,4 +166,6 @@ def gathered(
         sums[0].add_(d.sum(dim=0))
         sums[1].add_(w.sum(dim=0))
         start += len(d)
+        release(data)
+        release(weight)
     return Differences(frame, data, weight, mean_of(*sums), (sums[1] / max(1, start)).float())
