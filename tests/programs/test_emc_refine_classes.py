@@ -93,7 +93,10 @@ def test_from_the_classes_of_the_set(here: Path) -> None:
     run = read("spt_00/run.json")
     assert run["stopped_at"] is None and run["options"]["classes"] == 2 and run["state"]["iterations"] == []
     first, second = run["state"]["classes"]
-    assert first["numbers"] == second["numbers"] == [1, 2] and (first["band"], first["exhaustive"]) == (30.0, False)
+    assert first["numbers"] == second["numbers"] == [1, 2] and not first["exhaustive"]
+    assert (
+        20.0 <= first["band"] < 30.0
+    )  # what the classes vouch for
     share = np.mean([p["classes"] for p in found], axis=0)
     np.testing.assert_allclose(second["shares"], share, atol=1e-3)
     assert 0.1 < first["changed"] < 0.45 and second["changed"] < 0.05  # of a quarter that was wrong
@@ -224,7 +227,7 @@ def test_from_one_reference(here: Path, undrawn: None, monkeypatch: pytest.Monke
     record = read("new/run.json")
     assert len(record["state"]["iterations"]) == 1 and record["state"]["classes"] == [] and record["stopped_at"]
     lines = lines_of("emc_refine", *argv, "--resume")
-    assert lines[0].startswith("iteration 1 (local, data to 30.0 Å): class 1 ")
+    assert re.match(r"iteration 1 \(local, data to 2\d\.\d Å\): class 1 ", lines[0])
     assert re.fullmatch(r"new: \d+ particles, 2 classes after 2 iterations", lines[-1])
     assert agreement("new/particles") > 0.9
     assert names_in("new") >= maps(2) | {"average.mrc", "half1.mrc", "half2.mrc", "index.html", "classes.json"}
