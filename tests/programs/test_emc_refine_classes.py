@@ -94,9 +94,7 @@ def test_from_the_classes_of_the_set(here: Path) -> None:
     assert run["stopped_at"] is None and run["options"]["classes"] == 2 and run["state"]["iterations"] == []
     first, second = run["state"]["classes"]
     assert first["numbers"] == second["numbers"] == [1, 2] and not first["exhaustive"]
-    assert (
-        20.0 <= first["band"] < 30.0
-    )  # what the classes vouch for
+    assert 20.0 <= first["band"] < 30.0  # what the classes vouch for
     share = np.mean([p["classes"] for p in found], axis=0)
     np.testing.assert_allclose(second["shares"], share, atol=1e-3)
     assert 0.1 < first["changed"] < 0.45 and second["changed"] < 0.05  # of a quarter that was wrong
