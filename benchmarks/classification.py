@@ -246,7 +246,8 @@ def large(folder: Path, count: int, box: int, axes: int, seed: int) -> None:
     time beside what the same products of matrices take, and one reading of the file."""
     frame, g = Frame.of(box, 6.0, 12.0), torch.Generator().manual_seed(seed)
     mask = soft_sphere(frame.small, 0.3 * frame.small, 2.0)
-    true = torch.stack([frame.balls(torch.randn(*mask.shape, generator=g) * mask) for _ in range(8)])
+    average, *drawn = (frame.balls(torch.randn(*mask.shape, generator=g) * mask) for _ in range(9))
+    true = torch.stack(drawn)
     q, shape = frame.points.shape[1], (count, frame.points.shape[1])
     true = true / (2 * true.abs().square().sum(dim=1, keepdim=True)).sqrt() * 20**0.5
     folder.mkdir(parents=True, exist_ok=True)
@@ -264,7 +265,7 @@ def large(folder: Path, count: int, box: int, axes: int, seed: int) -> None:
     size = (data.nbytes + weight.nbytes) / 2**30
     diff = Differences(frame, data, weight, torch.zeros(q, dtype=torch.complex64), torch.full((q,), 1.25))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    problem = Problem(diff, slice(0, q), mask, known_axes(frame, frame.maps(true[0]) * mask))
+    problem = Problem(diff, slice(0, q), mask, known_axes(frame, frame.maps(average) * mask))
     began = time.perf_counter()
     found = find(problem, axes, g)
     took = time.perf_counter() - began
