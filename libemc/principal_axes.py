@@ -222,12 +222,16 @@ def of_classes(series: list[Particles], numbers: tuple[int, ...] | None) -> list
 def mask_of(path: Path | None, made: average.Average, box: int, pixel_size: float, run: Run) -> Tensor:
     """The mask that was given, or that of the average's particle, or a sphere where it shows none: (n, n, n)."""
     if path is not None:
-        return project.read_mask(path, box, pixel_size)
-    try:
-        return automatic_mask(made.average, pixel_size)
-    except InputError:
-        run.warn("the average shows no particle to make a mask of: differences are looked for in a sphere")
-        return project.mask_or_sphere(None, box, pixel_size)
+        mask = project.read_mask(path, box, pixel_size)
+    else:
+        try:
+            mask = automatic_mask(made.average, pixel_size)
+        except InputError:
+            run.warn("the average shows no particle to make a mask of: differences are looked for in a sphere")
+            return project.mask_or_sphere(None, box, pixel_size)
+    if max(float(mask.select(dim, end).max()) for dim in range(3) for end in (0, -1)) > 0:
+        run.warn("the mask reaches the border of the box: the box itself may look like a difference; use a larger one")
+    return mask
 
 
 def _room(count: int, frame: Frame, folder: Path, memory: float) -> tuple[NDArray[Any], NDArray[Any]]:
