@@ -326,10 +326,7 @@ def noise_variance(
         precision = torch.cat([axes.known_precision, torch.ones(len(columns), dtype=torch.float64)])
         if problem.known is not None:
             columns = torch.cat([problem.known[:, problem.band].to(columns), columns])
-        places = torch.cat(
-            [posterior(*statistics(d, w, columns), precision)[0] for _, d, w in _Blocks(problem, progress)("places")]
-        )
-        problem = replace(problem, taken=(columns, places))
+        problem = replace(problem, taken=(columns, _places(problem, columns, precision, progress)))
     frame = problem.differences.frame
     drawn = torch.randn(DRAWS, *problem.mask.shape, generator=generator) * problem.mask
     columns = torch.stack([frame.balls(m)[problem.band] for m in drawn]).to(problem.device)
@@ -457,9 +454,7 @@ def spectrum(
     known = None if problem.known is None else problem.known[:, problem.band].to(columns)
     every = columns if known is None else torch.cat([known, columns])
     prior = torch.cat([axes.known_precision, torch.ones(count, dtype=torch.float64)])
-    places = torch.cat(
-        [posterior(*statistics(d, w, every), prior)[0] for _, d, w in _Blocks(problem, progress)("places")]
-    )
+    places = _places(problem, every, prior, progress)
     own = axes.strength if em else axes.singular
     moved = replace(problem, displaced=displacements(len(problem.differences), generator))
 
