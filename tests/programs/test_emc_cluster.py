@@ -265,6 +265,7 @@ def test_all_that_is_alike_is_one_class(unclustered: Path, undrawn: None, capsys
     one_kind("one")
     lines_of("emc_pca", "one", *PCA, "--path", "alone")
     before = listing()
+    capsys.readouterr()
     assert program("emc_cluster", "alone", "--clusters", 2, "--quiet") == 2
     assert capsys.readouterr().err == (
         "emc_cluster: error: --clusters: no axis is above noise; name axes with --along, or let it be auto\n"
