@@ -263,7 +263,8 @@ def large(folder: Path, count: int, box: int, axes: int, seed: int) -> None:
         release(data)
         release(weight)
     size = (data.nbytes + weight.nbytes) / 2**30
-    diff = Differences(frame, data, weight, torch.zeros(q, dtype=torch.complex64), torch.full((q,), 1.25))
+    zero = torch.zeros(q, dtype=torch.complex64)
+    diff = Differences(frame, data, weight, zero, torch.full((q,), 1.25), zero)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     problem = Problem(diff, slice(0, q), mask, known_axes(frame, frame.maps(average) * mask))
     began = time.perf_counter()

@@ -18,6 +18,7 @@ from libemc.classifications import ClassAverage
 from libemc.cli import Run
 from libemc.errors import InputError
 from libemc.io.files import write_text
+from libemc.methods import average
 from libemc.methods.classify import cluster
 from libemc.methods.classify.coordinates import Coordinates, joined
 from libemc.methods.refine import classes, references
@@ -81,7 +82,8 @@ def from_differences(series: list[Particles], count: int, setup: Setup, folder: 
     pixel_size = series[0].file.pixel_size
     scales = tuple(s for s in SCALES if s >= 2 * pixel_size) or (2 * pixel_size,)
     plan = principal_axes.Plan(scales, AXES, True, None, setup.seed)
-    found = principal_axes.analyse(series, setup.mask, plan, folder, run)
+    whole = average.half_maps(series, run.memory, setup.symmetry, progress=run.progress).whole
+    found = principal_axes.analyse(series, whole, setup.mask, plan, folder, run)
     points = joined([band.coordinates.of_axes(band.used) for band in found.bands])
     if not points.b.shape[1]:
         run.warn(f"particles differ no more than by noise: {count} classes may have nothing in them")
@@ -231,7 +233,7 @@ def _write(folder: Path, state: State, best: Sequence[Particles], pixel_size: fl
 def _whole(state: State) -> Tensor:
     """(n, n, n) unfiltered average of all classes, in proportion to their shares."""
     shares = [s if math.isfinite(s) else 0.0 for s in state.shares()]
-    maps = [(c.maps.half1 + c.maps.half2) / 2 for c in state.classes if c.maps is not None]
+    maps = [c.maps.whole for c in state.classes if c.maps is not None]
     return torch.stack([s * m for s, m in zip(shares, maps, strict=True)]).sum(dim=0)
 
 

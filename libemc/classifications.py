@@ -228,7 +228,7 @@ def class_views(
         difference = torch.zeros_like(whole)
         if one.made is not None and one.maps is not None:
             gain = wiener_gain(average.for_filters(one.made.corrected))
-            difference = filter_shells((one.maps.half1 + one.maps.half2) / 2 - whole, gain)
+            difference = filter_shells(one.maps.whole - whole, gain)
         views.append(
             classification.ClassView(
                 number=one.number, count=len(mine), halves=one.halves, share=len(mine) / total,

@@ -156,13 +156,12 @@ class Analysis:
     """A set that was analysed.
 
     Attributes:
-        frame, mean: of the differences; small: (s, s, s) the average, mask: in the small cube.
+        frame: of the differences.
         members: the particles, in the order of the coordinates.
         bands: what was found.
     """
 
     frame: Frame
-    mean: Tensor
     members: list[Member]
     bands: list[BandResult]
 
@@ -259,27 +258,28 @@ def disk_of(count: int, box: int, pixel_size: float, plan: Plan, memory: float) 
     return kept + differences.bytes_of(learnt, frame, np.float16)
 
 
-def analyse(series: Sequence[Particles], mask: Tensor, plan: Plan, folder: Path, run: Run) -> Analysis:
+def analyse(series: Sequence[Particles], whole: Tensor, mask: Tensor, plan: Plan, folder: Path, run: Run) -> Analysis:
     """Read all particles, find the axes of each band, and the coordinates of all particles along them.
 
     Args:
-        mask: (n, n, n) of the particles' box.
+        whole: (n, n, n) average of the particles, unfiltered; mask: (n, n, n), within which they are compared.
     """
     box, pixel_size = series[0].file.box, series[0].file.pixel_size
     frame = Frame.of(box, pixel_size, min(plan.scales))
     members = differences.members(series)
     frame = differences.with_noise(frame, series, members, run.memory)
     learnt = _subset(members, plan)
-    batches = differences.read(series, learnt, frame, run.memory // 4, run.progress)
-    diff = differences.gathered(batches, frame, *_room(len(learnt), frame, folder, run.memory))
+    batches = differences.read(series, learnt, frame, run.memory // 4, whole, run.progress)
+    before = differences.as_shown(frame, series, learnt, whole, run.memory // 4)
+    diff = differences.gathered(batches, frame, *_room(len(learnt), frame, folder, run.memory), before)
     small = frame.small_mask(mask)
-    known = axes_of.known_axes(frame, frame.maps(diff.mean) * small) if plan.em else None
+    known = axes_of.known_axes(frame, frame.maps(diff.average) * small) if plan.em else None
     found: list[tuple[Problem, Axes, Spectrum]] = []
     for number, band in enumerate(band_slices(frame, plan.scales)):
         problem = Problem(diff, band, small, known, device=str(run.device))
         problem, axes = axes_of.measured(problem, plan.count, plan.generator(number), plan.em, run.progress)
         found.append((problem, axes, axes_of.spectrum(problem, axes, plan.generator(number), plan.em, run.progress)))
-    places = _coordinates(series, members, learnt, diff, found, known, run)
+    places = _coordinates(series, whole, members, learnt, diff, found, known, run)
     if not plan.em:
         places = [c.typical() for c in places]
     groups = coordinates.sampling(series, members)
@@ -289,7 +289,7 @@ def analyse(series: Sequence[Particles], mask: Tensor, plan: Plan, folder: Path,
             plan.names, band_edges(plan.scales), found, places, strict=True
         )
     ]
-    return Analysis(frame, diff.mean, members, bands)
+    return Analysis(frame, members, bands)
 
 
 def _subset(members: list[Member], plan: Plan) -> list[Member]:
@@ -302,6 +302,7 @@ def _subset(members: list[Member], plan: Plan) -> list[Member]:
 
 def _coordinates(
     series: Sequence[Particles],
+    whole: Tensor,
     members: list[Member],
     learnt: list[Member],
     diff: Differences,
@@ -322,14 +323,13 @@ def _coordinates(
     among = set(learnt)
     rest = [m for m in members if m not in among]
     if rest:
-        batches = differences.read(series, rest, diff.frame, run.memory // 4, run.progress, "project")
+        batches = differences.read(series, rest, diff.frame, run.memory // 4, whole, run.progress, "project")
         for blocks in coordinates.difference_blocks(batches, diff, bands, device):
             for k, block in enumerate(blocks):
                 parts[k].append(of(iter([block]), k))
     order = {m: k for k, m in enumerate([*learnt, *rest])}
     index = torch.tensor([order[m] for m in members])
-    whole = [Coordinates(torch.cat([p.b for p in part]), torch.cat([p.a for p in part])) for part in parts]
-    return [c.at(index) for c in whole]
+    return [Coordinates(torch.cat([p.b for p in part]), torch.cat([p.a for p in part])).at(index) for part in parts]
 
 
 # -------------------------------------------------------------------------------------------------------------- its files

@@ -70,7 +70,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
     mask = principal_axes.mask_of(args.mask, average.finish(maps, sphere, pixel_size, run.seed), box, pixel_size, run)
     made = average.finish(maps, mask, pixel_size, run.seed)
     project.write_average(outputs, maps, made, mask, pixel_size)
-    found = principal_axes.analyse(series, mask, plan, folder, run)
+    found = principal_axes.analyse(series, maps.whole, mask, plan, folder, run)
     principal_axes.claim(folder, found.bands, run)
     project.save_run(record, run.name, kept, run.seed, {}, inputs, stopped_at="maps")
     principal_axes.write_maps(folder, found, made.average, mask, pixel_size, run)

@@ -43,6 +43,11 @@ class HalfMaps:
     sums: tuple[Accumulator, Accumulator]
     images: tuple[int, int]
 
+    @property
+    def whole(self) -> Tensor:
+        """(n, n, n) both halves together, unfiltered."""
+        return 0.5 * (self.half1 + self.half2)
+
 
 def insert_batch(
     accumulator: Accumulator, batch: Batch, weight: Tensor | None, operators: tuple[Tensor, Tensor]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from libemc.methods import average
 from libemc.methods.classify import differences
 from libemc.methods.classify.differences import Differences, bytes_of, gathered, members, read, with_noise
 from libemc.methods.classify.frame import Frame
@@ -72,21 +73,28 @@ def drawn(frame: Frame, columns: torch.Tensor, places: torch.Tensor, seed: int, 
     signal = places.to(torch.complex128) @ columns.to(torch.complex128)
     data = weight * signal + noise * weight.sqrt() * torch.view_as_complex(white)
     mean = torch.zeros(weight.shape[1], dtype=torch.complex64)
-    return Differences(
-        frame, torch.view_as_real(data).float().numpy(), weight.float().numpy(), mean, weight.mean(dim=0).float()
-    )
+    arrays = torch.view_as_real(data).float().numpy(), weight.float().numpy()
+    return Differences(frame, *arrays, mean, weight.mean(dim=0).float(), mean)
 
 
 def differences_of(
-    series: Sequence[Particles], resolution: float, dtype: type[np.floating] = np.float32, memory: int = MEMORY
+    series: Sequence[Particles],
+    resolution: float,
+    dtype: type[np.floating] = np.float32,
+    memory: int = MEMORY,
+    subtracted: bool = True,
 ) -> Differences:
-    """Difference maps of particle sets, as a program makes them."""
+    """Difference maps of particle sets, as a program makes them; or what the average is not taken off before."""
     chosen, file = members(series), series[0].file
     frame = with_noise(Frame.of(file.box, file.pixel_size, resolution), series, chosen, memory)
     points = frame.points.shape[1]
     data, weight = np.empty((len(chosen), points, 2), dtype), np.empty((len(chosen), points), dtype)
     assert data.nbytes + weight.nbytes == bytes_of(len(chosen), frame, dtype)
-    return gathered(read(series, chosen, frame, memory), frame, data, weight)
+    if not subtracted:
+        return gathered(read(series, chosen, frame, memory), frame, data, weight)
+    whole = average.half_maps(series, memory).whole
+    before = differences.as_shown(frame, series, chosen, whole, memory)
+    return gathered(read(series, chosen, frame, memory, whole), frame, data, weight, before)
 
 
 def noisy(particles: Particles, noise: float, seed: int, contrast: torch.Tensor | None = None) -> Particles:
@@ -110,7 +118,8 @@ def without_spectrum(patch: pytest.MonkeyPatch) -> None:
     def even(particles: Particles, band: Band) -> torch.Tensor:
         return torch.ones(len(particles.series.use), len(band.kx), dtype=torch.float64)
 
-    patch.setattr(differences, "noise_spectrum", even)
+    for module in (differences, average):
+        patch.setattr(module, "noise_spectrum", even)
 
 
 def flat_set(density: torch.Tensor, count: int, seed: int = 0) -> Particles:

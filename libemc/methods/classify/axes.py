@@ -392,7 +392,7 @@ def _ordered(problem: Problem, axes: Tensor) -> tuple[Tensor, Tensor]:
     value, vector = torch.linalg.eigh((gram + gram.T) / 2)
     order = value.argsort(descending=True)
     found = vector[:, order].T.to(axes.dtype) @ axes
-    like = (found.conj() * problem.differences.mean[problem.band]).real.sum(dim=1)
+    like = (found.conj() * problem.differences.average[problem.band]).real.sum(dim=1)
     # which side is plus is anyone's choice: where there is more of the average
     return found * torch.where(like < 0, -1.0, 1.0)[:, None], value[order].clamp_min(0)
 

@@ -1,9 +1,9 @@
 """What each particle shows beside the average: its images less the average's as the same images would show it.
 
-Tilts, CTF, dose and weights of a particle are in its W, so the average distorted by its own sampling is W·average, and
-D - W·average is the difference map before anything is divided by: exact for the missing wedge (emClarity 14, 16.11 compare
-the same, with a wedge mask). They are kept, white, for as many passes as an analysis takes: in memory, or on disk as
-float16 where there is no room.
+The average's slices, with the CTF, dose and weight of each image, are taken off the images before those are inserted: the
+average distorted by the particle's own sampling, exactly, also where the box is tight (emClarity 14, 16.11 compare the same,
+with a wedge mask). What is left is the difference map before anything is divided by. They are kept, white, for as many passes
+as an analysis takes: in memory, or on disk as float16 where there is no room.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from libemc.methods.classify.frame import Frame
 from libemc.methods.subtilts import Particles, Progress, chunk_size, chunks, load_batch, noise_spectrum
-from libemc.numerics.slices import Accumulator, Band
+from libemc.numerics.slices import Accumulator, Band, FourierVolume, extract_slices
 
 SAMPLE = 64
 """Particles whose weights say what noise is on each shell."""
@@ -50,6 +50,7 @@ def read(
     chosen: Sequence[Member],
     frame: Frame,
     memory: int,
+    average: Tensor | None = None,
     progress: Progress | None = None,
     label: str = "differences",
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -57,6 +58,7 @@ def read(
 
     Args:
         chosen: sorted by tilt series.
+        average: (n, n, n) that is taken off the images, unfiltered; None: nothing is.
         memory: bytes that images may take at a time.
     """
     box = series[0].file.box
@@ -65,6 +67,7 @@ def read(
     if ball.padded != frame.padded or 2 * ball.half + 1 <= 2 * int(frame.points.max()):
         raise ValueError("the frame is not of these particles' box")
     root = frame.noise.sqrt()
+    volume = None if average is None else FourierVolume.from_map(average, radius=frame.radius)
     batches = []
     for number, particles in enumerate(series):
         index = torch.tensor([m.place for m in chosen if m.series == number], dtype=torch.long)
@@ -76,6 +79,8 @@ def read(
     for particles, piece, spectrum in progress(batches, len(batches), label) if progress else batches:
         batch = load_batch(particles, piece, band, spectrum)
         values, squared, matrices = batch.centred(), batch.transfer**2, batch.matrices()
+        if volume is not None:
+            values = values - squared * extract_slices(volume, matrices.float(), band, batch.magnification.float())
         data, weight = [], []
         for p in range(len(piece)):
             mine = batch.owner == p
@@ -87,12 +92,32 @@ def read(
         yield torch.stack(data), torch.stack(weight)
 
 
+def _sample(chosen: Sequence[Member]) -> list[Member]:
+    places = np.linspace(0, len(chosen) - 1, min(SAMPLE, len(chosen))).round().astype(int)
+    return [chosen[k] for k in places.tolist()]
+
+
 def with_noise(frame: Frame, series: Sequence[Particles], chosen: Sequence[Member], memory: int) -> Frame:
     """The frame with the mean weight of a sample of the particles on each shell."""
-    some = [chosen[k] for k in np.linspace(0, len(chosen) - 1, min(SAMPLE, len(chosen))).round().astype(int)]
+    some = _sample(chosen)
     total = sum(weight.sum(dim=0) for _, weight in read(series, some, frame, memory))
     mean = frame.on_shells(torch.as_tensor(total)) / len(some)
     return replace(frame, noise=frame.noise * mean.clamp_min(1e-6 * float(mean.max())))
+
+
+def as_shown(
+    frame: Frame, series: Sequence[Particles], chosen: Sequence[Member], average: Tensor, memory: int
+) -> Tensor:
+    """(Q,) complex64: the ball h of an average, as W·h comes closest to what is taken off the images of a sample of particles.
+
+    It is the transform of the map times the kernel's envelope but for a percent that weights leave that change from point to
+    point; with h as they make it, D - W·h is three times smaller.
+    """
+    some, sums = _sample(chosen), []
+    for off in (None, average):
+        parts = list(read(series, some, frame, memory, off))
+        sums.append(sum(d.sum(dim=0) for d, _ in parts))
+    return mean_of(torch.as_tensor(sums[0] - sums[1]), torch.as_tensor(sum(w.sum(dim=0) for _, w in parts)))
 
 
 @dataclass(frozen=True)
@@ -101,7 +126,9 @@ class Differences:
 
     Attributes:
         data: (N, Q, 2) real and imaginary part of D; weight: (N, Q) W; arrays of float16 or float32, on disk perhaps.
-        mean: (Q,) complex64, the average, in units of the noise: ΣD over ΣW; mean_weight: (Q,) float32, mean of W.
+        mean: (Q,) complex64, in units of the noise, ΣD over ΣW: what the average that was taken off lacked, or all of it where
+            none was; mean_weight: (Q,) float32, mean of W.
+        before: (Q,) complex64, the average that was taken off the images, in the same units.
     """
 
     frame: Frame
@@ -109,6 +136,12 @@ class Differences:
     weight: NDArray[Any]
     mean: Tensor
     mean_weight: Tensor
+    before: Tensor
+
+    @property
+    def average(self) -> Tensor:
+        """(Q,) complex64, of the particles, in units of the noise."""
+        return self.before + self.mean
 
     def __len__(self) -> int:
         return len(self.data)
@@ -121,7 +154,7 @@ class Differences:
     def blocks(
         self, band: slice, device: torch.device | str = "cpu", progress: Progress | None = None, label: str = ""
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Which particles, their differences D - W·average (P, q) complex64 and W (P, q) within a band of the points."""
+        """Which particles, their differences D - W·mean (P, q) complex64 and W (P, q) within a band of the points."""
         mean = self.mean[band].to(device)
         starts: Any = range(0, len(self), self.block)
         for start in progress(starts, len(starts), label) if progress else starts:
@@ -155,9 +188,17 @@ def mean_of(data: Tensor, weight: Tensor) -> Tensor:
 
 
 def gathered(
-    batches: Iterator[tuple[Tensor, Tensor]], frame: Frame, data: NDArray[Any], weight: NDArray[Any]
+    batches: Iterator[tuple[Tensor, Tensor]],
+    frame: Frame,
+    data: NDArray[Any],
+    weight: NDArray[Any],
+    before: Tensor | None = None,
 ) -> Differences:
-    """Fill arrays (N, Q, 2) and (N, Q) with what `read` gives, and make the average of it."""
+    """Fill arrays (N, Q, 2) and (N, Q) with what `read` gives, and find the mean of it.
+
+    Args:
+        before: (Q,) `as_shown`, of the average that `read` takes off the images; None: it takes off nothing.
+    """
     start = 0
     sums = torch.zeros(frame.points.shape[1], dtype=torch.complex128), torch.zeros(frame.points.shape[1]).double()
     for d, w in batches:
@@ -168,4 +209,6 @@ def gathered(
         start += len(d)
         release(data)
         release(weight)
-    return Differences(frame, data, weight, mean_of(*sums), (sums[1] / max(1, start)).float())
+    mean = mean_of(*sums)
+    before = torch.zeros_like(mean) if before is None else before
+    return Differences(frame, data, weight, mean, (sums[1] / max(1, start)).float(), before)

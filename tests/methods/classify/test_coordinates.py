@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from libemc.methods.average import half_maps
 from libemc.methods.classify.axes import Axes, Problem, noise_variance, posterior
 from libemc.methods.classify.coordinates import (
     Coordinates,
@@ -22,7 +23,7 @@ from libemc.methods.classify.coordinates import (
 from libemc.methods.classify.differences import Differences, Member, members, read
 from libemc.methods.classify.frame import Frame, band_slices
 from libemc.numerics.rotations import matrix_from_rotvec
-from tests.methods.classify_data import PIXEL, ball_mask, clean_set, differences_of, drawn, noisy, on_cube
+from tests.methods.classify_data import MEMORY, PIXEL, ball_mask, clean_set, differences_of, drawn, noisy, on_cube
 from tests.methods.subtilt_data import blobs
 
 NOTHING = torch.empty(0, dtype=torch.float64)
@@ -161,7 +162,8 @@ def test_further_particles_are_as_those_of_the_set() -> None:
     series = [clean_set(blobs(16), 12, 1), clean_set(blobs(16), 9, 2)]
     d = differences_of(series, 4 * PIXEL)
     bands = band_slices(d.frame, [80.0, 4 * PIXEL])
-    batches = list(difference_blocks(read(series, members(series), d.frame, 1 << 20), d, bands))
+    average = half_maps(series, MEMORY).whole
+    batches = list(difference_blocks(read(series, members(series), d.frame, 1 << 20, average), d, bands))
     assert batches[0][0][0].start == 0 and len(batches) > 1 and batches[-1][0][0].stop == 21
     for k, band in enumerate(bands):
         for part in (1, 2):

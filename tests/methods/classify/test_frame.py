@@ -222,7 +222,7 @@ def noiseless(request: pytest.FixtureRequest) -> Noiseless:
     with pytest.MonkeyPatch.context() as patch:
         without_spectrum(patch)
         patch.setattr(sys.modules[__name__], "noise_spectrum", module.noise_spectrum)
-        d = differences_of([particles], 4 * PIXEL)
+        d = differences_of([particles], 4 * PIXEL, subtracted=False)
         linear, square = by_images(particles, density, d.frame.radius)
     contrast = linear / square / 2
     assert float(contrast.std() / contrast.mean()) < 1e-4  # images are those of the map, times one number
