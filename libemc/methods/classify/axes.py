@@ -139,7 +139,7 @@ class _Blocks:
     def __init__(self, problem: Problem, progress: Progress | None) -> None:
         self.problem, self.progress = problem, progress
         frame, displaced = problem.differences.frame, problem.displaced
-        self.points = frame.points[:, problem.band].double()
+        self.points = frame.points[:, problem.band]
         self.factor = None if displaced is None else _weakening(frame, problem.mask, displaced)
 
     def __call__(self, label: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -149,10 +149,12 @@ class _Blocks:
                 columns, places = p.taken
                 data = data - weight * (places[here].to(columns) @ columns).to(data.device)
             if p.displaced is not None and self.factor is not None:
-                turns = p.displaced[here] @ self.points
-                size = (1 / self.factor[here, None]).double().expand_as(turns)
-                phase = torch.polar(size, -2 * torch.pi * (turns - turns.round())).to(data.dtype)
-                data = data * phase.to(data.device)
+                data = data / self.factor[here, None].to(data.device)
+                for axis, points in enumerate(self.points):  # one factor of the phase for each
+                    line = torch.arange(int(points.min()), int(points.max()) + 1)
+                    turns = -2 * torch.pi * p.displaced[here, axis, None] * line
+                    phase = torch.polar(torch.ones_like(turns), turns).to(data)
+                    data *= phase[:, (points - line[0]).to(data.device)]
             yield here, data / p.variance, weight / p.variance
 
 
@@ -222,8 +224,35 @@ def singular_vectors(
     return projector.to_balls(best), singular[:count]
 
 
-def statistics(data: Tensor, weight: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """What particles say of their coordinates along columns (k, q): log-likelihood = b·z - z·A·z / 2.
+@dataclass(frozen=True)
+class Columns:
+    """Balls that coordinates are along, and what weights are multiplied with.
+
+    Attributes:
+        flat: (k, 2q) real and imaginary parts.
+        products: (k(k+1)/2, q) of each with itself and those before it, in the order of `torch.tril_indices`.
+    """
+
+    flat: Tensor
+    products: Tensor
+
+    @staticmethod
+    def of(balls: Tensor) -> Columns:
+        """Of balls (k, q)."""
+        k, q = balls.shape
+        real, imag = (part.contiguous() for part in (balls.real, balls.imag))
+        products = real.new_empty(k * (k + 1) // 2, q)
+        for i in range(k):
+            row = products[i * (i + 1) // 2 : (i + 1) * (i + 2) // 2]
+            torch.mul(real[: i + 1], real[i], out=row).addcmul_(imag[: i + 1], imag[i])
+        return Columns(_flat(balls), products)
+
+    def __len__(self) -> int:
+        return len(self.flat)
+
+
+def statistics(data: Tensor, weight: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
+    """What particles say of their coordinates along columns: log-likelihood = b·z - z·A·z / 2.
 
     Args:
         data: (P, q) complex64 differences; weight: (P, q).
@@ -232,10 +261,9 @@ def statistics(data: Tensor, weight: Tensor, columns: Tensor) -> tuple[Tensor, T
         b (P, k) and A (P, k, k), float64, on the CPU.
     """
     k = len(columns)
-    b = 2 * _flat(data) @ _flat(columns).T
+    b = 2 * _flat(data) @ columns.flat.T
     i, j = torch.tril_indices(k, k)
-    products = columns[i].real * columns[j].real + columns[i].imag * columns[j].imag
-    lower = (2 * weight @ products.T).double().cpu()
+    lower = 2 * (weight @ columns.products.T).double().cpu()
     a = torch.zeros(len(data), k, k, dtype=torch.float64)
     a[:, i, j] = lower
     a[:, j, i] = lower
@@ -289,8 +317,9 @@ def _iteration(problem: Problem, axes: Tensor, precision: Tensor, blocks: _Block
     moments, across = torch.zeros(q, len(i), device=device), torch.zeros(q, k * m, device=device)
     right = torch.zeros(q * 2, k, device=device)
     second = torch.zeros(k, k, dtype=torch.float64)
+    seen = Columns.of(columns)
     for _, data, weight in blocks(label):
-        mean, covariance = posterior(*statistics(data, weight, columns), prior)
+        mean, covariance = posterior(*statistics(data, weight, seen), prior)
         each = mean[:, :, None] * mean[:, None] + covariance
         second += each[:, :k, :k].sum(dim=0)
         moments.addmm_(weight.T, each[:, i, j].float().to(device))
@@ -309,8 +338,8 @@ def _iteration(problem: Problem, axes: Tensor, precision: Tensor, blocks: _Block
 
 def _places(problem: Problem, columns: Tensor, precision: Tensor, progress: Progress | None) -> Tensor:
     """(N, k) expected coordinates of all particles along columns (k, q), of prior precision (k,)."""
-    blocks = _Blocks(problem, progress)("places")
-    return torch.cat([posterior(*statistics(data, weight, columns), precision)[0] for _, data, weight in blocks])
+    blocks, along = _Blocks(problem, progress)("places"), Columns.of(columns)
+    return torch.cat([posterior(*statistics(data, weight, along), precision)[0] for _, data, weight in blocks])
 
 
 def noise_variance(
@@ -342,7 +371,7 @@ def known_places(problem: Problem, progress: Progress | None = None) -> tuple[Te
     """Precisions (m,) of the coordinates along the known axes, there being no others, and those coordinates (N, m)."""
     if problem.known is None:
         return torch.empty(0, dtype=torch.float64), torch.empty(len(problem.differences), 0, dtype=torch.float64)
-    columns = problem.known[:, problem.band].to(problem.device)
+    columns = Columns.of(problem.known[:, problem.band].to(problem.device))
     parts = [statistics(d, w, columns) for _, d, w in _Blocks(problem, progress)("known axes")]
     b, a = (torch.cat(each) for each in zip(*parts, strict=True))
     precision = torch.tensor([CONTRAST, *[SHIFT] * 3, *[TURN] * 3], dtype=torch.float64) ** -2

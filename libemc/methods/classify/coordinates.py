@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from libemc.methods.classify.axes import Axes, posterior, statistics, without_known
+from libemc.methods.classify.axes import Axes, Columns, posterior, statistics, without_known
 from libemc.methods.classify.differences import Differences, Member
 from libemc.methods.subtilts import Particles
 
@@ -85,7 +85,7 @@ def coordinates(
         known: (7, q), the known axes within the band; None: none.
         variance: of the noise, as `Problem` has it.
     """
-    columns = (axes.balls if known is None else torch.cat([axes.balls, known])).to(device)
+    columns = Columns.of((axes.balls if known is None else torch.cat([axes.balls, known])).to(device))
     count = len(axes.balls)
     b, a = [], []
     for _, data, weight in blocks:

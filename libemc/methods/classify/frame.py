@@ -60,7 +60,7 @@ class Frame:
         place = torch.nonzero(inside.reshape(-1))[:, 0]
         place = place[length.reshape(-1)[place].argsort(stable=True)]
         points = torch.stack([axis.reshape(-1)[place] for axis in (x, y, z)])
-        small = 2 * math.ceil(radius + 1.5)
+        small = fourier.good_size(2 * math.ceil(radius + 1.5))
         return Frame(box, ball.padded, small, pixel_size, points, place, torch.ones(len(place)))
 
     @property

@@ -11,6 +11,7 @@ import torch
 from libemc.methods.classify import axes as module
 from libemc.methods.classify.axes import (
     DISPLACEMENT,
+    Columns,
     Problem,
     Spectrum,
     displacements,
@@ -89,7 +90,7 @@ def test_statistics_and_posterior_are_those_of_dense_regression(frame: Frame, pl
     d = drawn(frame, planted, 3 * torch.randn(6, 2, generator=seeded(1)), 2)
     columns = torch.cat([planted, planted.flip(1) * 1j])
     ((_, data, weight),) = d.blocks(slice(None))
-    b, a = statistics(data, weight, columns)
+    b, a = statistics(data, weight, Columns.of(columns))
     precision = torch.tensor([1.0, 1.0, 4.0, 9.0], dtype=torch.float64)
     mean, covariance = posterior(b, a, precision)
     u = torch.view_as_real(columns).flatten(1).double().numpy().T  # (2Q, 4)
@@ -566,7 +567,8 @@ def test_two_kinds_of_particles_have_a_meaningful_axis() -> None:
     p = replace(p, variance=noise_variance(p, seeded(1)))
     found = find(p, 4, seeded(1))
     assert spectrum(p, found, seeded(2)).meaningful >= 1
-    (z,) = [posterior(*statistics(a, w, found.balls[:1]), torch.ones(1).double())[0] for _, a, w in d.blocks(p.band)]
+    first = Columns.of(found.balls[:1])
+    (z,) = [posterior(*statistics(a, w, first), torch.ones(1).double())[0] for _, a, w in d.blocks(p.band)]
     kind = torch.arange(COUNT) >= COUNT // 2
     apart = abs(float(z[kind].mean() - z[~kind].mean())) / float(z[kind].std())
     assert apart > 2
