@@ -113,11 +113,13 @@ def as_shown(
     It is the transform of the map times the kernel's envelope but for a percent that weights leave that change from point to
     point; with h as they make it, D - W·h is three times smaller.
     """
-    some, sums = _sample(chosen), []
-    for off in (None, average):
-        parts = list(read(series, some, frame, memory, off))
-        sums.append(sum(d.sum(dim=0) for d, _ in parts))
-    return mean_of(torch.as_tensor(sums[0] - sums[1]), torch.as_tensor(sum(w.sum(dim=0) for _, w in parts)))
+    some, count = _sample(chosen), frame.points.shape[1]
+    taken, total = torch.zeros(count, dtype=torch.complex64), torch.zeros(count)
+    for sign, off in ((1, None), (-1, average)):
+        for data, weight in read(series, some, frame, memory, off):
+            taken += sign * data.sum(dim=0)
+            total += weight.sum(dim=0) / 2  # the same both times
+    return mean_of(taken, total)
 
 
 @dataclass(frozen=True)
