@@ -22,9 +22,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from libemc import mapbacks, project, records
+from libemc import project, records
 from libemc.cli import Program, Run, options
 from libemc.errors import InputError
+from libemc.mapbacks import plan, results
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,30 +48,30 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, run: Run) -> None:
     """Check all tilt series, then do one after the other."""
     inputs = [run.particles(args.set_or_run)]
-    head, series = mapbacks.open_particles(args.set_or_run, args.series, args.class_numbers)
+    head, series = plan.open_particles(args.set_or_run, args.series, args.class_numbers)
     if args.like and (len(series) > 1 or args.pixel_size):
         raise InputError("is of one tilt series, and has its own pixel size", "--like", "name one, and no --pixel-size")
     classes = sorted({int(k) for placed in series.values() for k in placed.classes})
-    maps = mapbacks.maps_of(args.set_or_run, args.average or (), classes, run)
-    folder = args.path or Path(mapbacks.FOLDER)
-    wanted = mapbacks.Wanted(
+    maps = plan.maps_of(args.set_or_run, args.average or (), classes, run)
+    folder = args.path or Path(plan.FOLDER)
+    wanted = plan.Wanted(
         maps, not args.no_mask, args.like, args.pixel_size, args.colour, args.mesh, args.within, folder
     )
-    cuts, todo = mapbacks.cut_maps(wanted), []
+    cuts, todo = plan.cut_maps(wanted), []
     for name, placed in series.items():
         record = records.load_tiltseries(run.input(records.tiltseries_path(name)))
-        todo.append(mapbacks.placement(placed, record, wanted, cuts, run))
+        todo.append(plan.placement(placed, record, wanted, cuts, run))
         if len(todo[-1].placed.ids) < len(placed.ids):
             run.warn(f"{name}: {len(placed.ids) - len(todo[-1].placed.ids)} particles lie outside the volume")
     inside = {one.name: one.placed for one in todo}
-    colours = mapbacks.colours_of(inside, wanted)
+    colours = plan.colours_of(inside, wanted)
     written = run.output(folder / "run.json")
     for placed in inside.values():
         for file in wanted.files(placed):
             run.output(file)
     count, (disk, memory) = (
         sum(len(placed.ids) for placed in inside.values()),
-        mapbacks.cost(todo, wanted, run.memory, run.threads),
+        results.cost(todo, wanted, run.memory, run.threads),
     )
     if run.plan(f"place {count} particles in {len(todo)} tilt series", memory=memory, disk=disk):
         return
@@ -78,11 +79,11 @@ def main(args: argparse.Namespace, run: Run) -> None:
     used = project.plain({key: getattr(args, key) for key in names if key != "average"})
     used |= {"average": [str(maps[k]) for k in classes]}
     inputs += sorted(set(maps.values()))
-    mapbacks.save_record(written, used, {}, inputs, run)
+    results.save_record(written, used, {}, inputs, run)
     for one in todo:
-        told = mapbacks.write(one, head, wanted, cuts, colours[one.name], run)
-        mapbacks.save_record(written, used, {one.name: told}, inputs, run)
-        run.result(mapbacks.line(one.name, told))
+        told = results.write(one, head, wanted, cuts, colours[one.name], run)
+        results.save_record(written, used, {one.name: told}, inputs, run)
+        run.result(results.line(one.name, told))
 
 
 program = Program(
