@@ -177,7 +177,8 @@ def averaged(state: State, setup: Setup, progress: Progress | None = None) -> St
         mine = [_sharing(q, p[:, c]) for q, p in zip(own.series, left, strict=True)]
         maps = average.half_maps(mine, setup.memory, setup.symmetry, own_noise=setup.own_noise, progress=progress)
         made = average.finish(maps, setup.mask, pixel_size, setup.seed)
-        making = Making(replace(setup.filtering, mask=setup.focus), setup.symmetry, setup.shared, setup.memory)
+        filtering = replace(setup.filtering, mask=setup.focus)
+        making = Making(filtering, setup.symmetry, setup.shared, setup.memory, setup.own_noise)
         references = left_out.made(mine, maps, made.corrected, made.reach, making, progress)
         classes.append(replace(own, maps=maps, made=made, references=references))
     return replace(state, classes=classes, probability=left)

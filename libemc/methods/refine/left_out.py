@@ -81,12 +81,14 @@ class Making:
         symmetry: of the particle.
         shared: Fourier pixels below which both halves have one reference.
         memory: bytes that batches may take.
+        own_noise: images are whitened by each particle's own noise, too, as they were in the average.
     """
 
     filtering: Filtering
     symmetry: str
     shared: float
     memory: int
+    own_noise: bool = False
 
 
 def made(
@@ -120,7 +122,7 @@ def made(
                 mine = particles.use & (particles.weight > 0) & (particles.half == half)
                 mine &= parts[particles.file.name] == part
                 for _, piece in batches_by_half(particles, mine, band, making.memory, progress, "leave out of"):
-                    batch = load_batch(particles, piece, band, noise)
+                    batch = load_batch(particles, piece, band, noise, making.own_noise)
                     if len(batch.values):
                         own = particles.weight[piece]
                         insert_batch(part_sums, batch, own[batch.owner].float(), copies)

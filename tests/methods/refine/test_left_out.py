@@ -70,8 +70,8 @@ def test_parts_follow_from_the_set_and_are_balanced() -> None:
         assert len(counts) == FOLDS and int(counts.max() - counts.min()) <= 1
 
 
-@pytest.mark.parametrize("box", [16, 17])
-def test_each_lacks_its_part_and_nothing_else(box: int) -> None:
+@pytest.mark.parametrize(("box", "own_noise"), [(16, False), (17, False), (16, True)])
+def test_each_lacks_its_part_and_nothing_else(box: int, own_noise: bool) -> None:
     """Of two tilt series and uneven weights, against averages that were made without the part; 1e-4 of the largest density: sums
     in single precision, the whole less the part."""
     series = [noisy(14, box, "A"), noisy(11, box, "B", 1)]
@@ -79,12 +79,12 @@ def test_each_lacks_its_part_and_nothing_else(box: int) -> None:
     weight[3] = 0.0
     series[0] = series[0].weighted(weight, (None,) * 14)
     series[1] = series[1].using(torch.arange(11) != 4)
-    maps = average.half_maps(series, MEMORY)
-    found = made(series, maps, torch.ones(box // 2 + 1).double(), 20.0, as_they_are(box))
+    maps = average.half_maps(series, MEMORY, own_noise=own_noise)
+    found = made(series, maps, torch.ones(box // 2 + 1).double(), 20.0, replace(as_they_are(box), own_noise=own_noise))
     assert found.resolution == 20.0 and len(found.maps) == FOLDS
     for part, pair in enumerate(found.maps):
         left = [without(p, found.parts[p.file.name] == part) for p in series]
-        expected = average.half_maps(left, MEMORY)
+        expected = average.half_maps(left, MEMORY, own_noise=own_noise)
         for h, (mine, other, whole) in enumerate(
             zip(pair, (expected.half1, expected.half2), (maps.half1, maps.half2), strict=True)
         ):
