@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from libemc import project, records
+from libemc import project
 from libemc.cli import Program, Run, options
 from libemc.errors import InputError
 from libemc.mapbacks import plan, results
@@ -59,8 +59,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
     )
     cuts, todo = plan.cut_maps(wanted), []
     for name, placed in series.items():
-        record = records.load_tiltseries(run.input(records.tiltseries_path(name)))
-        todo.append(plan.placement(placed, record, wanted, cuts, run))
+        todo.append(plan.placement(placed, plan.record_of(name, wanted, run), wanted, cuts, run))
         if len(todo[-1].placed.ids) < len(placed.ids):
             run.warn(f"{name}: {len(placed.ids) - len(todo[-1].placed.ids)} particles lie outside the volume")
     inside = {one.name: one.placed for one in todo}

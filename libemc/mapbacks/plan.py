@@ -214,7 +214,23 @@ class Placement:
         return math.prod(self.grid.shape)
 
 
-def placement(placed: Placed, record: TiltSeriesRecord, wanted: Wanted, cuts: Mapping[int, Cut], run: Run) -> Placement:
+def record_of(name: str, wanted: Wanted, run: Run) -> TiltSeriesRecord | None:
+    """What the project knows of a tilt series; None of one whose particles came without it: a tomogram stands for it then.
+
+    Raises:
+        InputError: it knows nothing, and no tomogram is given.
+    """
+    path = records.tiltseries_path(name)
+    if path.exists():
+        return records.load_tiltseries(run.input(path))
+    if wanted.like is None:
+        raise InputError(f"the project has particles of {name}, but no record of it", path, "give --like TOMOGRAM")
+    return None
+
+
+def placement(
+    placed: Placed, record: TiltSeriesRecord | None, wanted: Wanted, cuts: Mapping[int, Cut], run: Run
+) -> Placement:
     """Choose the voxels of a tilt series, and the tomogram that is shown with them.
 
     They are those of the tomogram `like`; else, without a pixel size, of the coarsest whole tomogram in the record; else the
@@ -223,9 +239,11 @@ def placement(placed: Placed, record: TiltSeriesRecord, wanted: Wanted, cuts: Ma
     Raises:
         InputError: no particle lies in the volume, or there is nothing to take it from.
     """
-    shown = _tomogram(record, wanted.like, run)
-    if shown is not None and (wanted.pixel_size is None or wanted.like is not None):
+    shown = _tomogram(record.tomograms if record else (), wanted.like, run)
+    if shown is not None and (record is None or wanted.pixel_size is None or wanted.like is not None):
         grid = shown[1]
+    elif record is None:
+        raise ValueError(f"neither a record of {placed.name} nor a tomogram")
     else:
         grid = _field(record, placed, max(c.radius for c in cuts.values()), wanted.pixel_size)
     inside = placed.poses.inside(grid)
@@ -237,22 +255,26 @@ def placement(placed: Placed, record: TiltSeriesRecord, wanted: Wanted, cuts: Ma
     return Placement(placed.at(inside.numpy()), grid, shown)
 
 
-def _tomogram(record: TiltSeriesRecord, like: Path | None, run: Run) -> tuple[Path, Grid] | None:
-    """The tomogram given, or the coarsest of the whole in the record, or of a part of it: its file and voxels."""
+def _tomogram(known: Sequence[Tomogram], like: Path | None, run: Run) -> tuple[Path, Grid] | None:
+    """The tomogram given, or the coarsest of the whole specimen, or of a part of it: its file and voxels.
 
-    def entry(known: Tomogram) -> tuple[Path, Grid]:
-        return Path(known.file), Grid(known.shape, known.pixel_size, known.centre, known.angles)
+    Args:
+        known: what was reconstructed of the tilt series.
+    """
+
+    def entry(one: Tomogram) -> tuple[Path, Grid]:
+        return Path(one.file), Grid(one.shape, one.pixel_size, one.centre, one.angles)
 
     if like is not None:
         images = mrc.open_stack(run.input(like))
-        listed = [known for known in record.tomograms if os.path.abspath(known.file) == os.path.abspath(like)]
+        listed = [one for one in known if os.path.abspath(one.file) == os.path.abspath(like)]
         if listed:
             return entry(listed[0])
         if images.pixel_size is None:
             raise InputError("has no pixel size in its header", like, "set it with emc_volume --set-pixel-size")
         return like, Grid(images.shape, images.pixel_size)
-    both = [known for known in record.tomograms if known.half is None]
-    whole = [known for known in both if not any((*known.centre, *known.angles))]
+    both = [one for one in known if one.half is None]
+    whole = [one for one in both if not any((*one.centre, *one.angles))]
     return max(map(entry, whole or both), key=lambda t: t[1].pixel_size, default=None)
 
 

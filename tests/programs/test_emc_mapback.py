@@ -360,6 +360,25 @@ def test_no_scores_and_others_files(here: Path, capsys: pytest.CaptureFixture[st
     assert "rlnAutopickFigureOfMerit" not in Path(f"mapback/{NAME}.star").read_text()
 
 
+def test_particles_that_came_without_their_tilt_series(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As other packages' do: a tomogram says where they are placed, and without one a line says what is missing."""
+    like = np.random.default_rng(1).normal(0, 1, (60, 120, 105)).astype(np.float32)
+    Path("like.mrc").write_bytes(mrc_bytes(like, VOXEL, stack=False))
+    argv = ("ribo", NAME, "--average", "ref.mrc", "--quiet")
+    assert ran(*argv, "--like", "like.mrc", "--path", "known") == 0
+    Path(f"info/{NAME}_info.json").unlink()
+    assert ran(*argv, "--like", "like.mrc", "--path", "unknown") == 0
+    volume = mrcfile.read(f"unknown/{NAME}.mrc")
+    np.testing.assert_array_equal(volume, mrcfile.read(f"known/{NAME}.mrc"))
+    assert volume.shape == like.shape and alike(volume, by_hand(particles(), volume.shape, VOXEL)) > 0.99
+    capsys.readouterr()
+    assert ran(*argv) == 2
+    assert capsys.readouterr().err == (
+        f"emc_mapback: error: info/{NAME}_info.json: the project has particles of {NAME}, but no record of it; "
+        "give --like TOMOGRAM\n"
+    )
+
+
 def test_one_particle_has_no_neighbours(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(lambda i, p: p.update({"use": i == 2}))
     assert ran("ribo", "--average", "ref.mrc", "--quiet") == 0
