@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mrcfile
 import numpy as np
 import pytest
+from sklearn.metrics import adjusted_rand_score
 
 from tests.programs.moving import lines_of, read, write
 
@@ -98,3 +100,17 @@ def coordinates(run: str) -> dict[str, np.ndarray]:
 def alike(a: np.ndarray, b: np.ndarray) -> float:
     """Correlation."""
     return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+
+
+def agreement(folder: str) -> float:
+    """Adjusted Rand index between the classes in particle files and the truth."""
+    found = particles(folder)
+    return float(adjusted_rand_score(true_kinds([p["id"] for p in found]), [p["class"] for p in found]))
+
+
+def volume(path: str) -> np.ndarray:
+    return np.asarray(mrcfile.read(path).astype(float))
+
+
+def names_in(folder: str) -> set[str]:
+    return {p.name for p in Path(folder).iterdir() if not p.name.startswith(".")}

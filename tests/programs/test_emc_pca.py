@@ -32,9 +32,11 @@ from tests.programs.mixtures import (
     coordinates,
     copied_set,
     mixture,
+    names_in,
     one_kind,
     particles,
     true_kinds,
+    volume,
 )
 from tests.programs.moving import lines_of, listing, program, read, without_history, write
 
@@ -71,10 +73,6 @@ def ran(*words: object, name: str = SET, path: str = "new") -> list[str]:
     return lines_of("emc_pca", name, *PCA, "--path", path, *words)
 
 
-def volume(path: str) -> np.ndarray:
-    return np.asarray(mrcfile.read(path).astype(float))
-
-
 def along(run: str, scale: int = 60) -> np.ndarray:
     """(N,) of the particles along the first axis of a band, as they are likely to lie."""
     found = coordinates(run)
@@ -84,10 +82,6 @@ def along(run: str, scale: int = 60) -> np.ndarray:
     precision[:, i, j] = precision[:, j, i] = found[f"a_{scale}"]
     b = found[f"b_{scale}"].astype(float)
     return np.array([np.linalg.solve(a + np.eye(k), row)[0] for a, row in zip(precision, b, strict=True)])
-
-
-def names_in(run: str) -> set[str]:
-    return {p.name for p in Path(run).iterdir() if not p.name.startswith(".")}
 
 
 def test_the_axis_tells_the_kinds_apart(here: Path) -> None:

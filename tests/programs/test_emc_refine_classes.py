@@ -12,12 +12,24 @@ from typing import Any
 import mrcfile
 import numpy as np
 import pytest
-from sklearn.metrics import adjusted_rand_score
 
 import emc_info
 from libemc import class_refinements, classifications, principal_axes
 from tests.by_hand import pose
-from tests.programs.mixtures import BOX, NAMES, PIXEL, SET, alike, change_particles, mixture, particles, true_kinds
+from tests.programs.mixtures import (
+    BOX,
+    NAMES,
+    PIXEL,
+    SET,
+    agreement,
+    alike,
+    change_particles,
+    mixture,
+    names_in,
+    particles,
+    true_kinds,
+    volume,
+)
 from tests.programs.moving import lines_of, listing, program, read, without_history
 
 PAGES = {"classes.html", "montage.png", "classes.json"}
@@ -28,20 +40,6 @@ WRONG = 0.25
 
 def maps(count: int) -> set[str]:
     return {f"class_{k}{end}.mrc" for k in range(1, count + 1) for end in ("", "_half1", "_half2")}
-
-
-def volume(path: str) -> np.ndarray:
-    return np.asarray(mrcfile.read(path).astype(float))
-
-
-def names_in(folder: str) -> set[str]:
-    return {p.name for p in Path(folder).iterdir() if not p.name.startswith(".")}
-
-
-def agreement(folder: str) -> float:
-    """Adjusted Rand index between the classes in particle files and the truth."""
-    found = particles(folder)
-    return float(adjusted_rand_score(true_kinds([p["id"] for p in found]), [p["class"] for p in found]))
 
 
 def misled(p: dict[str, Any]) -> None:

@@ -12,29 +12,20 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.image import imread
 
 from libemc.view import classification as view
 from libemc.view import mapback, plots
 from libemc.view.classification import ClassView, ClusterPage, Trial
 from libemc.view.heterogeneity import BandView
+from tests.view.figures import kept_figures
 
 COUNT, BOX, PIXEL = 60, 16, 4.5
 
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were written, each of them also as a file with something in it."""
-    kept: list[Figure] = []
-
-    def save(figure: Figure, path: Path) -> None:
-        plots.save(figure, path)
-        shown = imread(path)[..., :3]
-        assert min(shown.shape[:2]) > 150 and shown.std() > 0.05
-        kept.append(figure)
-
-    monkeypatch.setattr(view, "save", save)
-    return kept
+    """The figures that are written."""
+    return kept_figures(monkeypatch, view, 0.05)
 
 
 def a_class(number: int, count: int = 20, resolution: float | None = 14.25) -> ClassView:

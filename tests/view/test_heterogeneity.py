@@ -12,29 +12,20 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.image import imread
 
 from libemc.view import heterogeneity as view
 from libemc.view import plots
 from libemc.view.alignment import BLUE, RED
 from libemc.view.heterogeneity import BandView, PcaPage
+from tests.view.figures import kept_figures
 
 COUNT, BOX, PIXEL = 60, 20, 4.5
 
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were written, each of them also as a file with something in it."""
-    kept: list[Figure] = []
-
-    def save(figure: Figure, path: Path) -> None:
-        plots.save(figure, path)
-        shown = imread(path)[..., :3]
-        assert min(shown.shape[:2]) > 150 and shown.std() > 0.02
-        kept.append(figure)
-
-    monkeypatch.setattr(view, "save", save)
-    return kept
+    """The figures that are written."""
+    return kept_figures(monkeypatch, view, 0.02)
 
 
 def ball(shift: int = 0, size: int = BOX) -> np.ndarray:
