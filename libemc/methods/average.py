@@ -49,6 +49,17 @@ class HalfMaps:
         return 0.5 * (self.half1 + self.half2)
 
 
+def together(parts: Sequence[HalfMaps]) -> HalfMaps:
+    """Half maps of several sets as one."""
+    box = parts[0].sums[0].box
+    sums = (Accumulator(box), Accumulator(box))
+    for part in parts:
+        for total, one in zip(sums, part.sums, strict=True):
+            total.merge(one)
+    images = [sum(part.images[h] for part in parts) for h in (0, 1)]
+    return HalfMaps(sums[0].map(), sums[1].map(), sums, (images[0], images[1]))
+
+
 def insert_batch(
     accumulator: Accumulator, batch: Batch, weight: Tensor | None, operators: tuple[Tensor, Tensor]
 ) -> None:

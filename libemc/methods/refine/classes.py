@@ -1,8 +1,10 @@
 """Refinement in classes: every particle is aligned to all of them, and is a part of each as its images say.
 
 A particle is compared with references that it has no part in (`left_out`): otherwise its own noise in the class that it is in
-would hold it there. Its classes are weighed by the likelihood of its images given each reference, at its best pose there
-(soft assignment; the classes of Scheres et al. 2005, with poses maximised over), and each class has its own half maps.
+would hold it there. All of them are what the classes have in common and how each differs from it, as far as both halves agree
+that it does: the same noise is in all, so that a class isn't likelier for being larger. A particle's classes are weighed by the
+likelihood of its images given each reference, at its best pose there (soft assignment; the classes of Scheres et al. 2005, with
+poses maximised over), and each class has its own half maps.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from libemc.methods import average
+from libemc.methods.postprocess import half_map_resolution
 from libemc.methods.refine import left_out
 from libemc.methods.refine.align import Aligned, Task, iterate
 from libemc.methods.refine.iteration import Setup
@@ -71,8 +74,8 @@ class State:
 
     @property
     def reach(self) -> float:
-        """Å of the finest data that some class vouches for."""
-        return min(c.made.reach for c in self.classes if c.made is not None)
+        """Å of the finest data that some class vouches for, or all of them together."""
+        return min(c.references.resolution for c in self.classes if isinstance(c.references, References))
 
     def shares(self) -> list[float]:
         """Part of the particles with weight in each class."""
@@ -171,17 +174,34 @@ def averaged(state: State, setup: Setup, progress: Progress | None = None) -> St
     left = [torch.where(p.sum(dim=1, keepdim=True) > 1e-6, p, 1.0) for p in left]
     left = [p / p.sum(dim=1, keepdim=True) for p in left]
     pixel_size = state.classes[0].series[0].file.pixel_size
-    classes = []
-    for c, k in enumerate(keep):
-        own = state.classes[k]
-        mine = [_sharing(q, p[:, c]) for q, p in zip(own.series, left, strict=True)]
-        maps = average.half_maps(mine, setup.memory, setup.symmetry, own_noise=setup.own_noise, progress=progress)
-        made = average.finish(maps, setup.mask, pixel_size, setup.seed)
-        filtering = replace(setup.filtering, mask=setup.focus)
-        making = Making(filtering, setup.symmetry, setup.shared, setup.memory, setup.own_noise)
-        references = left_out.made(mine, maps, made.corrected, made.reach, making, progress)
-        classes.append(replace(own, maps=maps, made=made, references=references))
+    kinds = [
+        [_sharing(q, p[:, c]) for q, p in zip(state.classes[k].series, left, strict=True)] for c, k in enumerate(keep)
+    ]
+    maps = [
+        average.half_maps(mine, setup.memory, setup.symmetry, own_noise=setup.own_noise, progress=progress)
+        for mine in kinds
+    ]
+    made = [average.finish(m, setup.mask, pixel_size, setup.seed) for m in maps]
+    whole = average.together(maps)
+    of_all = average.finish(whole, setup.mask, pixel_size, setup.seed)
+    reach = min(m.reach for m in (*made, of_all))
+    filtering = replace(setup.filtering, mask=setup.focus)
+    making = Making(filtering, setup.symmetry, setup.shared, setup.memory, setup.own_noise)
+    apart = [differing(m, whole, setup, pixel_size) for m in maps]
+    references = left_out.made_of_classes(kinds, maps, whole, of_all.corrected, apart, reach, making, progress)
+    classes = [
+        replace(state.classes[k], maps=m, made=a, references=r)
+        for k, m, a, r in zip(keep, maps, made, references, strict=True)
+    ]
     return replace(state, classes=classes, probability=left)
+
+
+def differing(maps: average.HalfMaps, whole: average.HalfMaps, setup: Setup, pixel_size: float) -> Tensor:
+    """(n//2+1,) FSC between the halves of how a class differs from all of them, where it may."""
+    generator = torch.Generator().manual_seed(setup.seed)
+    rest = [getattr(maps, half) - getattr(whole, half) for half in ("half1", "half2")]
+    found = half_map_resolution(rest[0], rest[1], pixel_size, setup.focus, generator)
+    return found.curves["corrected"].values
 
 
 def _sharing(particles: Particles, probability: Tensor) -> Particles:

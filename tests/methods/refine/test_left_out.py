@@ -12,7 +12,15 @@ from torch import Tensor
 
 from libemc.methods import average
 from libemc.methods.refine import left_out
-from libemc.methods.refine.left_out import FOLDS, Making, left_out_gain, made, parts_of
+from libemc.methods.refine.left_out import (
+    FOLDS,
+    Making,
+    for_differences,
+    left_out_gain,
+    made,
+    made_of_classes,
+    parts_of,
+)
 from libemc.methods.refine.references import Filtering
 from libemc.methods.subtilts import Particles
 from tests.methods.joint.joint_data import PIXEL, empty, pictured, scattered, unit_map
@@ -145,6 +153,58 @@ def test_filters_and_masks_as_references_are() -> None:
             assert (mine - expected).abs().max() < 1e-4 * expected.abs().max()
         low, apart = ([np.fft.fftn(m.numpy())[:3, :3, :3] for m in p] for p in (joint, pair))
         assert np.abs(low[0] - low[1]).max() < 0.5 * np.abs(apart[0] - apart[1]).max()
+
+
+def classes_of(box: int) -> tuple[list[list[Particles]], list[average.HalfMaps]]:
+    """Two classes of the same particles, a third for certain in the first; and their half maps."""
+    series = [noisy(14, box, "A"), noisy(12, box, "B", 1)]
+    share = [torch.where(torch.arange(len(p)) % 3 == 0, 1.0, 0.4).double() for p in series]
+    kinds = [
+        [p.weighted(s if k == 0 else 1 - s, (None,) * len(p)) for p, s in zip(series, share, strict=True)]
+        for k in range(2)
+    ]
+    return kinds, [average.half_maps(kind, MEMORY) for kind in kinds]
+
+
+def test_classes_that_differ_for_certain_are_themselves() -> None:
+    """With an FSC of 1 of what is apart, as with one of what is common, references are the classes' own averages without the
+    part, to 4 %: the last shell fades twice. With one of 0 they are the average of all, for every class."""
+    box = 16
+    kinds, maps = classes_of(box)
+    whole = average.together(maps)
+    one, nothing = torch.ones(box // 2 + 1).double(), torch.zeros(box // 2 + 1).double()
+    apart, alike = (
+        made_of_classes(kinds, maps, whole, one, [fsc] * 2, 20.0, as_they_are(box)) for fsc in (one, nothing)
+    )
+    plain = [k.weighted(torch.ones(len(k)).double(), (None,) * len(k)) for k in kinds[0]]
+    everything = made(plain, average.half_maps(plain, MEMORY), one, 20.0, as_they_are(box))
+    for kind, m, mine, common in zip(kinds, maps, apart, alike, strict=True):
+        own = made(kind, m, one, 20.0, as_they_are(box))
+        assert all(torch.equal(mine.parts[n], own.parts[n]) for n in ("A", "B"))
+        for found, expected, shared, every in zip(mine.maps, own.maps, common.maps, everything.maps, strict=True):
+            for h in (0, 1):
+                assert (found[h] - expected[h]).abs().max() < 0.04 * expected[h].abs().max()
+                assert (shared[h] - every[h]).abs().max() < 1e-4 * every[h].abs().max()
+                assert (shared[h] - expected[h]).abs().max() > 0.05 * expected[h].abs().max()
+
+
+def test_classes_together_are_the_set() -> None:
+    box = 16
+    kinds, maps = classes_of(box)
+    plain = [k.weighted(torch.ones(len(k)).double(), (None,) * len(k)) for k in kinds[0]]
+    expected, found = average.half_maps(plain, MEMORY), average.together(maps)
+    for mine, other in ((found.half1, expected.half1), (found.half2, expected.half2)):
+        assert (mine - other).abs().max() < 1e-4 * other.abs().max()
+    assert found.images == tuple(a + b for a, b in zip(maps[0].images, maps[1].images, strict=True))
+
+
+def test_an_fsc_of_differences() -> None:
+    """Averaged over three shells by how many coefficients they have; what is negative is none."""
+    fsc = torch.tensor([1.0, 0.2, 0.4, 0.1, -0.3, -0.1, 0.05])
+    found = for_differences(fsc)
+    assert found[2] == pytest.approx((1 * 0.2 + 4 * 0.4 + 9 * 0.1) / 14)
+    assert found[1] == pytest.approx((0.2 + 4 * 0.4) / 5) and found[0] == pytest.approx(0.2) and found[4] == 0
+    assert float(for_differences(torch.ones(5)).max()) < 1
 
 
 def test_fewer_particles_have_less_signal_to_noise() -> None:
