@@ -7,7 +7,7 @@ DATA holds maps/. Each mode makes a project of simulated tilt series in FOLDER (
 by 30°; `same`, 300 of one kind; `unrelated`, GroEL and apoferritin 1:3. Particles are cut out binned by 2, at poses that
 emc_refine finds from random ones with the first map at 50 Å, and at the true ones. Printed is the adjusted Rand index of the
 classes proposed, over all particles that some image shows, beside silhouettes and those of data without structure. `--refine`
-adds emc_refine --classes. `large` needs no data: 20000 particles of box 48 made of a model, on disk; 36 axes.
+adds emc_refine --classes; `--thirds` does emc_pca, emc_cluster and it with each third of the particles alone. `large` needs no data: 20000 particles of box 48 made of a model, on disk; 36 axes.
 """
 
 from __future__ import annotations
@@ -241,6 +241,25 @@ def refined(home: Path, data: Mixture, given: int) -> None:
         )
 
 
+def thirds(home: Path, data: Mixture, given: int) -> None:
+    """Each third of the particles of `own` alone: clusters, and classes refined from them."""
+    true, log = true_classes(home, data), home / "log"
+    program(["emc_select", "own", "--set", "third", "--split", "3", "--overwrite", "--quiet"], home, log)
+    for k in (1, 2, 3):
+        run, classes = f"pca_third_{k}", f"classes_third_{k}"
+        program(["emc_pca", f"third_{k}", "--path", run, "--overwrite", "--quiet"], home, log)
+        program(["emc_cluster", run, "--overwrite", "--quiet"], home, log)
+        proposed = read_json(home / run / "clusters.json")["chosen"]
+        found = agreement(found_classes(home, run), true)
+        argv = ["emc_refine", run, "--classes", str(given), "--path", classes, "--overwrite", "--quiet"]
+        told = f"{data.folder} third {k}: proposed {proposed}, ARI {found:.3f}"
+        if proposed == given:
+            program(argv, home, log)
+            left = len(read_json(home / classes / "run.json")["state"]["classes"][-1]["numbers"])
+            told += f"; refined: {left} classes, ARI {agreement(found_classes(home, classes), true):.3f}"
+        print(told, flush=True)
+
+
 def large(folder: Path, count: int, box: int, axes: int, seed: int) -> None:
     """Axes of many particles whose difference maps lie on disk as float16, made from a model with eight axes and noise; the
     time beside what the same products of matrices take, and one reading of the file."""
@@ -314,7 +333,9 @@ def main() -> None:
     parser.add_argument("--mode", nargs="+", default=["mixture", "same", "unrelated"])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--map", default="splice_3A.mrc")
+    parser.add_argument("--poses", nargs="*", default=["own", "known"], help="sets to judge: own, known, or none")
     parser.add_argument("--refine", action="store_true", help="refine in classes too")
+    parser.add_argument("--thirds", action="store_true", help="each third of the particles alone, too")
     parser.add_argument("--generate-only", action="store_true")
     args = parser.parse_args()
     for mode in args.mode:
@@ -326,10 +347,12 @@ def main() -> None:
         sets(home, data)
         if args.generate_only:
             continue
-        for source in ("own", "known"):
+        for source in args.poses:
             judged(home, data, source, len(data.maps))
         if args.refine and len(data.maps) > 1:
             refined(home, data, len(data.maps))
+        if args.thirds and len(data.maps) > 1:
+            thirds(home, data, len(data.maps))
 
 
 if __name__ == "__main__":
