@@ -30,6 +30,8 @@ from libemc.methods.subtilts import Particles
 
 SCALES, AXES = (60.0, 30.0, 15.0), 12
 """Å and number of the axes along which particles of one reference are divided at the start."""
+ALIKE = 0.05
+"""Certainty of all classes below which they are said to be alike."""
 TABLE = "classes.json"
 NOTHING = References([], {}, math.inf)
 """What a class has to be compared with before its first average."""
@@ -171,6 +173,8 @@ def sort(
         going.save(None if last else f"iteration {len(done) + 1}")
         run.result(_text(len(done), done[-1]))
         step = None
+    if state.certainty < ALIKE:
+        run.warn("the classes are alike: the halves agree on nothing that tells one from another; ask for fewer")
     return done
 
 
@@ -186,6 +190,7 @@ def _line(state: State, step: Step) -> dict[str, Any]:
         "exhaustive": step.exhaustive,
         "motion": step.motion,
         "changed": state.changed,
+        "certainty": round(state.certainty, 4),
         "rejected": state.rejected,
         "numbers": state.numbers,
         "shares": state.shares(),

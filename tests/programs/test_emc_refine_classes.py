@@ -24,6 +24,7 @@ from tests.programs.mixtures import (
     agreement,
     alike,
     change_particles,
+    copied_set,
     mixture,
     names_in,
     particles,
@@ -249,6 +250,21 @@ def test_from_a_clustered_run(here: Path, undrawn: None) -> None:
     lines = lines_of("emc_refine", "pca_00", *FROM_SET, "--iterations", 1, "--path", "new")
     assert agreement("new/particles") > 0.95 and len(lines) == 2
     assert read("new/particles/particles.json")["parent"] == "pca_00"
+
+
+def test_classes_of_one_kind_are_said_to_be_alike(
+    here: Path, undrawn: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Divided at random, they end as the same: a warning says so, the record how much is known. Those of two kinds are known."""
+    kinds = true_kinds([p["id"] for p in particles(f"particles/{SET}")])
+    label = iter(np.random.default_rng(4).integers(1, 3, len(kinds)).tolist())
+    kind = iter(kinds.tolist())
+    copied_set("one", lambda p: p.update({"use": next(kind) == 0, "class": next(label)}))
+    capsys.readouterr()
+    lines_of("emc_refine", "one", *FROM_SET, "--iterations", 4, "--path", "one_00")
+    assert "emc_refine: warning: the classes are alike: the halves agree on nothing" in capsys.readouterr().err
+    assert read("one_00/run.json")["state"]["classes"][-1]["certainty"] < 0.05
+    assert read("spt_00/run.json")["state"]["classes"][-1]["certainty"] > 0.5
 
 
 def test_dry_run_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,8 @@
 
 A particle is compared with references that it has no part in (`left_out`): otherwise its own noise in the class that it is in
 would hold it there. All of them are what the classes have in common and how each differs from it, as far as both halves agree
-that it does: the same noise is in all, so that a class isn't likelier for being larger. A particle's classes are weighed by the
+that it does: the same noise is in all, so that a class isn't likelier for being larger, and where there is nothing to tell
+classes by they come to be the same. A particle's classes are weighed by the
 likelihood of its images given each reference, at its best pose there (soft assignment; the classes of Scheres et al. 2005, with
 poses maximised over), and each class has its own half maps.
 """
@@ -83,6 +84,14 @@ class State:
         for p, particles in zip(self.probability, self.classes[0].series, strict=True):
             total += p[particles.use & (particles.weight > 0)].sum(dim=0)
         return (total / total.sum().clamp_min(1e-30)).tolist()
+
+    @property
+    def certainty(self) -> float:
+        """What is known of the classes of particles with weight, beyond how large classes are: 0, nothing, to 1, all of it."""
+        known = [p[q.use & (q.weight > 0)] for p, q in zip(self.probability, self.classes[0].series, strict=True)]
+        p, share = torch.cat(known), torch.tensor(self.shares(), dtype=torch.float64)
+        entropy, left = (-(torch.xlogy(v, v)).sum(dim=-1) for v in (share, p))
+        return float(1 - left.mean() / entropy) if float(entropy) > 0 and len(p) else 1.0
 
     def best(self) -> list[Particles]:
         """Every particle at its pose in its likeliest class, whose number it has, with its probabilities, by tilt series."""

@@ -130,7 +130,8 @@ def made_of_classes(
 
     Either is filtered by what is known of it. A class's own average, filtered by its own FSC, would hold more of the particle
     the more particles it has, and be likelier than a smaller one's whatever an image shows: the largest class would take them
-    all. In what is compared here classes differ in nothing but what both halves say that they differ in.
+    all. In what is compared here classes differ in nothing but what both halves say that they differ in, each by itself: where
+    particles differ by noise alone, they are sorted by other noise in each half, and classes come to be the same.
 
     Args:
         series: the particles of each class, weighted by their probabilities of it; maps: of each class.
@@ -146,7 +147,9 @@ def made_of_classes(
         base = filtered_references(*part.whole, mask, common, making.shared)
         for k, kind in enumerate(part.kinds):
             rest = [one - whole for one, whole in zip(kind, part.whole, strict=True)]
-            more = filtered_references(rest[0], rest[1], mask, own[k], making.shared)
+            more = filtered_references(
+                rest[0], rest[1], mask, own[k]
+            )  # none of it shared, or they would agree on noise
             out[k].append((base[0] + more[0], base[1] + more[1]))
     return [References(pairs, parts, resolution) for pairs in out]
 
