@@ -7,7 +7,7 @@ DATA holds maps/. Each mode makes a project of simulated tilt series in FOLDER (
 by 30°; `same`, 300 of one kind; `unrelated`, GroEL and apoferritin 1:3. Particles are cut out binned by 2, at poses that
 emc_refine finds from random ones with the first map at 50 Å, and at the true ones. Printed is the adjusted Rand index of the
 classes proposed, over all particles that some image shows, beside silhouettes and those of data without structure. `--refine`
-adds emc_refine --classes; `--thirds` does emc_pca, emc_cluster and it with each third of the particles alone. `large` needs no
+adds emc_refine --classes, of `same` divided at random; `--thirds` does emc_pca, emc_cluster and it with each third of the particles alone. `large` needs no
 data: 20000 particles of box 48 made of a model, on disk; 36 axes.
 """
 
@@ -242,6 +242,27 @@ def refined(home: Path, data: Mixture, given: int) -> None:
         )
 
 
+def divided_at_random(home: Path, data: Mixture) -> None:
+    """emc_refine --classes of particles of one kind, at `own`'s poses, that are divided into two thirds and one at random."""
+    log, g = home / "log", np.random.default_rng(data.seed)
+    program(["emc_select", "own", "--set", "random", "--overwrite", "--quiet"], home, log)
+    head, files = records.load_particles("random", home)
+    for name, file in files.items():
+        classes = g.choice([1, 1, 2], len(file.particles)).tolist()
+        moved = tuple(p.model_copy(update={"class_": k}) for p, k in zip(file.particles, classes, strict=True))
+        files[name] = file.model_copy(update={"particles": moved})
+    records.save_particles("particles/random", head, files, home)
+    argv = ["emc_refine", "random", "--classes", "2", "--local", "--startres", "20", "--path", "classes_random"]
+    cost = program([*argv, "--overwrite", "--quiet"], home, log)
+    lines = read_json(home / "classes_random/run.json")["state"]["classes"]
+    told = ", ".join(f"{line['certainty']:.2f}" for line in lines)
+    print(
+        f"{data.folder} divided at random: certainty {told} after each of "
+        f"{len(lines)} iterations, {cost.seconds:.0f} CPU-s",
+        flush=True,
+    )
+
+
 def thirds(home: Path, data: Mixture, given: int) -> None:
     """Each third of the particles of `own` alone: clusters, and classes refined from them."""
     true, log = true_classes(home, data), home / "log"
@@ -352,6 +373,8 @@ def main() -> None:
             judged(home, data, source, len(data.maps))
         if args.refine and len(data.maps) > 1:
             refined(home, data, len(data.maps))
+        if args.refine and len(data.maps) == 1:
+            divided_at_random(home, data)
         if args.thirds and len(data.maps) > 1:
             thirds(home, data, len(data.maps))
 
