@@ -7,8 +7,8 @@ DATA holds maps/. Each mode makes a project of simulated tilt series in FOLDER (
 by 30°; `same`, 300 of one kind; `unrelated`, GroEL and apoferritin 1:3. Particles are cut out binned by 2, at poses that
 emc_refine finds from random ones with the first map at 50 Å, and at the true ones. Printed is the adjusted Rand index of the
 classes proposed, over all particles that some image shows, beside silhouettes and those of data without structure. `--refine`
-adds emc_refine --classes, of `same` divided at random; `--thirds` does emc_pca, emc_cluster and it with each third of the particles alone. `large` needs no
-data: 20000 particles of box 48 made of a model, on disk; 36 axes.
+adds emc_refine --classes, and of `same` divided at random; `--thirds` does emc_pca, emc_cluster and it with each third of the
+particles alone. `large` needs no data: 20000 particles of box 48 made of a model, on disk; 36 axes.
 """
 
 from __future__ import annotations
