@@ -609,7 +609,7 @@ CASES = {
     "mapback: NaN in the map": case(f"{MAPBACK} --average m.mrc", volume("m.mrc", HOLE), "m.mrc", "not finite"),
     "mapback: too many maps": case(f"{MAPBACK} --average ref.mrc --average other.mrc", None, "--average", "2 maps"),
     "mapback: no such class": case(f"{MAPBACK} --class 7", None, "spt_00", "no particles to"),
-    "mapback: no record": case(MAPBACK, gone(INFO), INFO, "no such file"),
+    "mapback: no record": case(MAPBACK, gone(INFO), INFO, "give --like TOMOGRAM"),
     "mapback: no pixels": case(f"{MAPBACK} --pixel-size 0", None, "--pixel-size", "not above zero"),
     "mapback: like nothing": case(
         "emc_mapback spt_00 --like none.mrc --quiet", None, "none.mrc", "no such file",
