@@ -443,6 +443,12 @@ def analysed(folder: str) -> tuple[records.Run, Path]:
     return record, path
 
 
+def read_whole(folder: Path, head: records.ParticleSet, run: Run) -> Tensor:
+    """(n, n, n) unfiltered average of all particles of a run: the mean of its half maps."""
+    half1, half2 = (project.read_map(run.input(folder / f"half{h}.mrc"), head.box, head.pixel_size) for h in (1, 2))
+    return 0.5 * (half1 + half2)
+
+
 def read_coordinates(folder: Path, bands: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, Coordinates]]:
     """Ids of the particles, and their coordinates in each band."""
     path = folder / TABLE

@@ -85,7 +85,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
     run.particles(args.set_or_run)
     head, series = project.open_particles(args.set_or_run)
     mask = project.read_mask(run.input(path.parent / "mask.mrc"), head.box, head.pixel_size)
-    halves = [project.read_map(run.input(path.parent / f"half{h}.mrc"), head.box, head.pixel_size) for h in (1, 2)]
+    whole = principal_axes.read_whole(path.parent, head, run)
     ids, found = principal_axes.read_coordinates(path.parent, record.state["bands"])
     axes = classifications.chosen_axes(args.along, record.state["bands"])
     points = joined([found[name].of_axes(places) for name, places in axes.items()])
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace, run: Run) -> None:
     for k, folder in folders.items():
         classifications.claim(folder, trials[k].count, run)
     records.update(run.output(path, owned=True), lambda old: old, records.Run)
-    whole, symmetry = (halves[0] + halves[1]) / 2, str(record.options["symmetry"])
+    symmetry = str(record.options["symmetry"])
     clustered = Clustered(args, head, series, ids, mask, whole, symmetry, trials, bands)
     for one in trials:
         run.result(classifications.trial_line(one))
